@@ -1,0 +1,1 @@
+"""The FastAPI SQL tutorial, carried to production."""

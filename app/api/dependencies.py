@@ -1,0 +1,63 @@
+"""What routes ask for."""
+
+from hashlib import sha256
+from typing import Annotated
+
+from fastapi import Depends, Path, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.database import Database
+from app.errors import NotAuthenticated, NotAuthorized
+from app.models import INT8_MAX
+from app.settings import Settings
+
+HeroId = Annotated[int, Path(ge=-INT8_MAX - 1, le=INT8_MAX)]
+
+
+# These are coroutines because FastAPI runs plain functions in a thread, a hop for each request.
+async def _database(request: Request) -> Database:
+    database: Database = request.app.state.database
+    return database
+
+
+DatabaseDep = Annotated[Database, Depends(_database)]
+
+
+async def each_query_parameter_once(request: Request) -> None:
+    """Raises `RequestValidationError` where a parameter is repeated: which one was meant?"""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if len(names) > len(set(names)):
+        raise RequestValidationError(
+            [
+                {
+                    "type": "repeated",
+                    "loc": ("query", name),
+                    "msg": "Should be given once",
+                }
+                for name in dict.fromkeys(names)
+                if names.count(name) > 1
+            ]
+        )
+
+
+async def may_write(
+    request: Request,
+    credentials: Annotated[
+        HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))
+    ],
+) -> None:
+    """Lets a request pass whose bearer token (RFC 6750) is in `API_TOKENS` with the scope write.
+
+    Raises `NotAuthenticated` or `NotAuthorized`.
+    """
+    if credentials is None:
+        raise NotAuthenticated
+    settings: Settings = request.app.state.settings
+    # Digests are compared, so that how long it takes says nothing about any token.
+    digest = sha256(credentials.credentials.encode()).hexdigest()
+    scopes = {token.scope for token in settings.api_tokens if token.digest == digest}
+    if not scopes:
+        raise NotAuthenticated
+    if "write" not in scopes:
+        raise NotAuthorized

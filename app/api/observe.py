@@ -1,0 +1,74 @@
+"""What is known of every request from outside of it: its id and its line in the access log."""
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.logs import request_id
+
+access = logging.getLogger("heroes.access")
+logger = logging.getLogger(__name__)
+
+# What a client may choose as its request's id: it is repeated in a header and in the log.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Observe:
+    """Gives every answer an `X-Request-ID` (the request's own, if sane) and writes the access log.
+
+    An exception that nothing below has answered is a bug: it is logged with its traceback, and
+    answered with a 500 here, so that even this answer has its id, and the connection stays usable.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        start = time.perf_counter()
+        current = Headers(scope=scope).get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(current):
+            current = secrets.token_hex(16)
+        token = request_id.set(current)
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", current.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        except Exception:
+            logger.exception("Unhandled exception")
+            if status:  # The answer has begun: all that is left is to break it off.
+                raise
+            response = JSONResponse({"detail": "Internal Server Error"}, 500)
+            await response(scope, receive, observed)
+        finally:
+            milliseconds = round((time.perf_counter() - start) * 1000, 2)
+            path = scope["raw_path"].decode("ascii", "replace")
+            access.info(
+                "%s %s %s",
+                scope["method"],
+                path,
+                status,
+                extra={
+                    "method": scope["method"],
+                    "path": path,
+                    "status": status,
+                    "duration_ms": milliseconds,
+                    "client": scope["client"][0] if scope["client"] else None,
+                },
+            )
+            request_id.reset(token)

