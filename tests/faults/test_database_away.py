@@ -1,0 +1,174 @@
+"""A database that is away is no reason to end, to hang or to answer anything but 503."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import URL, Engine, make_url, text
+
+from tests.servers import EmbeddedPostgres
+from tests.service import alembic, serve, settings
+
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+
+EVERY_OPERATION: list[tuple[str, str, dict[str, Any] | None]] = [
+    ("POST", "/heroes/", DEADPOND),
+    ("GET", "/heroes/", None),
+    ("GET", "/heroes/1", None),
+    ("PATCH", "/heroes/1", {"age": 3}),
+    ("DELETE", "/heroes/1", None),
+    ("GET", "/health/ready", None),
+]
+
+
+def assert_unavailable(client: httpx2.Client, detail: str = "database") -> None:
+    for method, path, members in EVERY_OPERATION:
+        start = time.monotonic()
+        answer = client.request(method, path, json=members)
+        assert answer.status_code == 503, (method, path, answer.text)
+        assert answer.headers["retry-after"] == "1"
+        assert detail in answer.json()["detail"]
+        assert time.monotonic() - start < 6
+    assert client.get("/health/live").status_code == 200
+
+
+def test_a_database_that_comes_back_is_used_again_within_a_second(
+    own_postgres: EmbeddedPostgres,
+) -> None:
+    """Away at the start, then there, then gone under load, then back."""
+    alembic(own_postgres.url, "upgrade", "head")
+    own_postgres.stop()
+    with serve(settings(own_postgres.url)) as service, service.client() as client:
+        assert_unavailable(client)
+
+        own_postgres.start()
+        assert_ready_within_a_second(client)
+        hero = client.post("/heroes/", json=DEADPOND).json()
+        # Every connection of the pool is opened, so that every one of them is lost.
+        occupy_the_pool(client)
+
+        own_postgres.stop()
+        assert_unavailable(client)
+
+        own_postgres.start()
+        assert_ready_within_a_second(client)
+        assert client.get(f"/heroes/{hero['id']}").json() == hero
+
+
+def test_connections_that_the_server_closed_while_idle_fail_no_request(
+    own_postgres: EmbeddedPostgres,
+) -> None:
+    alembic(own_postgres.url, "upgrade", "head")
+    with serve(settings(own_postgres.url)) as service, service.client() as client:
+        occupy_the_pool(client)
+        with own_postgres.connect() as connection:
+            ended = connection.execute(
+                "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
+                " WHERE application_name = 'heroes'"
+            ).fetchone()
+        assert ended is not None
+        assert ended[0] > 1
+        for _ in range(20):
+            assert client.get("/heroes/").status_code == 200
+
+
+def occupy_the_pool(client: httpx2.Client) -> None:
+    def read() -> None:
+        for _ in range(20):
+            assert client.get("/heroes/").status_code == 200
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def assert_ready_within_a_second(client: httpx2.Client) -> None:
+    deadline = time.monotonic() + 1
+    while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(20):
+        assert client.get("/heroes/").status_code == 200
+
+
+def test_a_server_that_does_not_answer_is_503_in_time(own_postgres: EmbeddedPostgres) -> None:
+    """Stopped, not ended: its sockets take everything and say nothing."""
+    alembic(own_postgres.url, "upgrade", "head")
+    with (
+        serve(settings(own_postgres.url, database_timeout=1)) as service,
+        service.client() as client,
+    ):
+        assert client.get("/heroes/").status_code == 200
+        with own_postgres.connect() as connection:
+            pids = [
+                int(row[0])
+                for row in connection.execute(
+                    "SELECT pid FROM pg_stat_activity WHERE application_name = 'heroes'"
+                )
+            ]
+        processes = [own_postgres.pid, *pids]
+        for pid in processes:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            assert client.get("/heroes/").status_code == 503
+            waited = time.monotonic() - start
+            assert client.get("/health/live").status_code == 200
+        finally:
+            for pid in processes:
+                os.kill(pid, signal.SIGCONT)
+        assert 0.9 < waited < 2
+        assert_ready_within_a_second(client)
+
+
+def test_an_empty_database_is_503_that_says_to_run_the_migrations(empty_database: URL) -> None:
+    with serve(settings(empty_database)) as service, service.client() as client:
+        assert_unavailable(client, "alembic upgrade head")
+        alembic(empty_database, "upgrade", "head")
+        assert_ready_within_a_second(client)
+
+
+def test_a_schema_behind_the_code_is_not_ready_and_one_ahead_is(
+    database_url: URL, database: Engine
+) -> None:
+    with serve(settings(database_url)) as service, service.client() as client:
+        assert client.get("/health/ready").status_code == 200
+
+        with database.connect() as connection:
+            connection.execute(text("DELETE FROM alembic_version"))
+        answer = client.get("/health/ready")
+        assert answer.status_code == 503
+        assert "alembic upgrade head" in answer.json()["detail"]
+
+        with database.connect() as connection:
+            connection.execute(text("INSERT INTO alembic_version VALUES ('of a newer release')"))
+        assert client.get("/health/ready").status_code == 200
+
+
+def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path) -> None:
+    file = tmp_path / "away" / "heroes.db"
+    url = make_url(f"sqlite:///{file}")
+    with serve(settings(url)) as service, service.client() as client:
+        assert_unavailable(client)
+        file.parent.mkdir()
+        alembic(url, "upgrade", "head")
+        assert_ready_within_a_second(client)
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_read_only_server_refuses_writes_with_503_and_reads_on(
+    database_url: URL, database: Engine
+) -> None:
+    with database.connect() as connection:
+        name = database_url.database
+        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+    with serve(settings(database_url)) as service, service.client() as client:
+        assert client.post("/heroes/", json=DEADPOND).status_code == 503
+        assert client.get("/heroes/").status_code == 200

@@ -1,0 +1,186 @@
+"""The two ways to run work, and the bound on every wait."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import URL, Engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Session
+
+from app import heroes
+from app.database import Database, sqlstate
+from app.errors import DatabaseTimeout
+from app.models import HeroCreate, HeroUpdate
+from tests.service import engine, serve, settings
+
+HERO = HeroCreate.model_validate({"name": "Deadpond", "secret_name": "Dive Wilson"})
+
+
+def two_heroes(session: Session, fail: bool = False) -> None:
+    heroes.create(session, HERO)
+    heroes.create(session, HERO)
+    if fail:
+        raise LookupError
+
+
+def count(database: Engine) -> int:
+    with database.connect() as connection:
+        return int(connection.execute(text("SELECT count(*) FROM hero")).scalar_one())
+
+
+@contextmanager
+def another_writer(database: Engine) -> Iterator[None]:
+    """Holds the table's lock for the length of the block."""
+    with database.connect() as connection:
+        if database.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.exec_driver_sql("BEGIN; LOCK TABLE hero")
+        yield
+        connection.exec_driver_sql("ROLLBACK")
+
+
+def test_a_transaction_commits_all_of_its_work(database_url: URL, database: Engine) -> None:
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        await service.transaction(two_heroes)
+        await service.close()
+
+    asyncio.run(work())
+    assert count(database) == 2
+
+
+def test_a_transaction_that_fails_leaves_nothing_and_its_connection_sound(
+    database_url: URL, database: Engine
+) -> None:
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        with pytest.raises(LookupError):
+            await service.transaction(two_heroes, fail=True)
+        assert await service.statement(heroes.read, 0, 100) == []
+        await service.close()
+
+    asyncio.run(work())
+    assert count(database) == 0
+
+
+def test_a_write_that_waits_for_a_lock_is_503_in_time_and_writes_nothing(
+    database_url: URL, database: Engine
+) -> None:
+    with serve(settings(database_url, database_timeout=0.5)) as service, service.client() as client:
+        hero = HERO.model_dump()
+        with another_writer(database):
+            start = time.monotonic()
+            answer = client.post("/heroes/", json=hero)
+            waited = time.monotonic() - start
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert "detail" in answer.json()
+        assert 0.4 < waited < 1.5
+        assert count(database) == 0
+        assert client.post("/heroes/", json=hero).status_code == 200, "the lock was the reason"
+
+
+def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> None:
+    async def work() -> float:
+        database = Database(database_url, pool_size=1, timeout=0.3)
+        the_only_connection = await database._spawn(database.engine.connect)
+        start = time.monotonic()
+        with pytest.raises(DatabaseTimeout):
+            await database.statement(heroes.get, 1)
+        waited = time.monotonic() - start
+
+        await database._spawn(the_only_connection.close)
+        assert await database.statement(heroes.get, 1) is None
+        await database.close()
+        return waited
+
+    assert 0.25 < asyncio.run(work()) < 0.9
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_statement_past_its_time_is_cancelled_on_the_server(
+    database_url: URL, database: Engine
+) -> None:
+    def sleep(session: Session) -> None:
+        session.connection().exec_driver_sql("SET statement_timeout = 0")
+        session.connection().exec_driver_sql("SELECT pg_sleep(60)")
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=0.3)
+        with pytest.raises(DatabaseTimeout):
+            await service.statement(sleep)
+        assert await service.statement(heroes.get, 1) is None
+        await service.close()
+
+    asyncio.run(work())
+    with database.connect() as connection:
+        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)'"
+        assert (
+            connection.execute(
+                text(sleeping + " AND state = 'active' AND pid <> pg_backend_pid()")
+            ).scalar()
+            == 0
+        )
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
+    database_url: URL, database: Engine
+) -> None:
+    async def work() -> None:
+        service = Database(database_url, pool_size=3, timeout=5)
+        row = await service.statement(heroes.create, HERO)
+
+        async def everything() -> None:
+            # psycopg prepares a statement at its sixth use on a connection.
+            for _ in range(10):
+                await asyncio.gather(*(service.statement(heroes.get, row.id) for _ in range(3)))
+                await service.statement(heroes.change, row.id, HeroUpdate(age=3))
+
+        await everything()
+        with database.connect() as connection:
+            connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE bigint"))
+
+        # The control: without the second run this is what a request would have met.
+        with pytest.raises(DBAPIError, match="cached plan"):
+            for _ in range(3):
+                await service._within_timeout(service._autocommit, heroes.get, row.id)
+        await everything()
+        assert (await service.statement(heroes.get, row.id)) == (row.id, "Deadpond", 3)
+        await service.close()
+
+    asyncio.run(work())
+
+
+def test_every_error_of_a_statement_has_an_sqlstate(database_url: URL) -> None:
+    beside = engine(database_url)
+    statements = {
+        "INSERT INTO hero (name) VALUES ('x')": "23",
+        "SELECT * FROM villain": "42P01",
+        "SELECT powers FROM hero": "42703",
+    }
+    with beside.connect() as connection:
+        for statement, expected in statements.items():
+            with pytest.raises(DBAPIError) as caught:
+                connection.execute(text(statement))
+            assert (sqlstate(caught.value.orig) or "").startswith(expected)
+    beside.dispose()
+
+
+def test_an_error_of_the_statement_shows_no_parameters(database_url: URL) -> None:
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        with pytest.raises(DBAPIError) as caught:
+            await service.statement(
+                lambda session: session.connection().execute(
+                    text("INSERT INTO villain (secret_name) VALUES (:name)"), {"name": "Wilson"}
+                )
+            )
+        assert "Wilson" not in str(caught.value)
+        await service.close()
+
+    asyncio.run(work())
