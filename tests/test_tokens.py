@@ -1,0 +1,51 @@
+"""Who may write."""
+
+from hashlib import sha256
+
+import httpx2
+import pytest
+from sqlalchemy import URL
+
+from tests.service import serve, settings
+
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+TOKENS = ",".join(
+    f"{name}:{scope}:{sha256(token.encode()).hexdigest()}"
+    for name, scope, token in [("ops", "write", "open-sesame"), ("viewer", "read", "peek")]
+)
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def write(client: httpx2.Client, headers: dict[str, str]) -> list[int]:
+    return [
+        client.post("/heroes/", json=DEADPOND, headers=headers).status_code,
+        client.patch("/heroes/1", json={"age": 1}, headers=headers).status_code,
+        client.delete("/heroes/1", headers=headers).status_code,
+    ]
+
+
+def test_with_tokens_set_a_write_needs_one_and_a_read_does_not(database_url: URL) -> None:
+    configured = settings(database_url, api_tokens=TOKENS)
+    with serve(configured) as service, service.client() as client:
+        assert client.get("/heroes/").status_code == 200
+        assert write(client, {}) == [401, 401, 401]
+        assert write(client, bearer("guess")) == [401, 401, 401]
+        assert write(client, {"Authorization": "Basic b3BzOng="}) == [401, 401, 401]
+        assert write(client, bearer("peek")) == [403, 403, 403]
+        assert write(client, bearer("open-sesame")) == [200, 200, 200]
+        refused = client.post("/heroes/", json=DEADPOND)
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.json() == {"detail": "Not authenticated"}
+        schema = client.get("/openapi.json").json()
+        assert schema["paths"]["/heroes/"]["post"]["security"] == [{"HTTPBearer": []}]
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_without_tokens_everything_is_open_and_the_docs_say_nothing_of_them(
+    client: httpx2.Client,
+) -> None:
+    assert write(client, {}) == [200, 200, 200]
+    assert "security" not in client.get("/openapi.json").text
