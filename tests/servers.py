@@ -62,13 +62,16 @@ def docker_answers() -> bool:
     """Whether there is a Docker Engine to run containers on."""
     import docker
     from docker.errors import DockerException
+    from requests.exceptions import RequestException
 
+    # With a version given nothing is asked before the ping, whose failure closes what it opened.
+    client = docker.DockerClient.from_env(version="1.44", timeout=5)
     try:
-        client = docker.from_env(timeout=5)
-    except DockerException:
+        return bool(client.ping())
+    except (DockerException, RequestException):
         return False
-    client.close()
-    return True
+    finally:
+        client.close()
 
 
 def start_postgres() -> Postgres:
