@@ -13,7 +13,7 @@ from sqlmodel import Session
 from app import heroes
 from app.database import Database, sqlstate
 from app.errors import DatabaseTimeout
-from app.models import HeroCreate, HeroUpdate
+from app.models import HeroCreate
 from tests.service import engine, serve, settings
 
 HERO = HeroCreate.model_validate({"name": "Deadpond", "secret_name": "Dive Wilson"})
@@ -128,28 +128,35 @@ def test_a_statement_past_its_time_is_cancelled_on_the_server(
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("pool_size", [1, 3])
 def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
-    database_url: URL, database: Engine
+    database_url: URL, database: Engine, pool_size: int
 ) -> None:
     async def work() -> None:
-        service = Database(database_url, pool_size=3, timeout=5)
+        service = Database(database_url, pool_size=pool_size, timeout=5)
         row = await service.statement(heroes.create, HERO)
 
-        async def everything() -> None:
+        async def read() -> None:
             # psycopg prepares a statement at its sixth use on a connection.
-            for _ in range(10):
-                await asyncio.gather(*(service.statement(heroes.get, row.id) for _ in range(3)))
-                await service.statement(heroes.change, row.id, HeroUpdate(age=3))
+            for _ in range(10 * pool_size):
+                reads = (service.statement(heroes.get, row.id) for _ in range(pool_size))
+                assert await asyncio.gather(*reads) == [row] * pool_size
 
-        await everything()
+        await read()
         with database.connect() as connection:
             connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE bigint"))
+        await read()
 
-        # The control: without the second run this is what a request would have met.
+        # The control: this is what a request would have met without the second run.
+        with database.connect() as connection:
+            connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE integer"))
         with pytest.raises(DBAPIError, match="cached plan"):
-            await service._within_timeout(service._autocommit, heroes.get, row.id)
-        await everything()
-        assert (await service.statement(heroes.get, row.id)) == (row.id, "Deadpond", 3)
+            await asyncio.gather(
+                *(
+                    service._within_timeout(service._autocommit, heroes.get, row.id)
+                    for _ in range(pool_size)
+                )
+            )
         await service.close()
 
     asyncio.run(work())
