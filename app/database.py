@@ -12,9 +12,11 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
 from sqlmodel import Session
 
+from app import metrics
 from app.errors import DatabaseTimeout
 
 P = ParamSpec("P")
@@ -65,6 +67,7 @@ class Database:
 
     def __init__(self, url: URL, *, pool_size: int, timeout: float) -> None:
         self._timeout = timeout
+        self._units = 0
         self._async_engine: AsyncEngine | None = None
         self._spawn: Callable[..., Awaitable[Any]]
         if url.get_backend_name() == "sqlite":
@@ -76,6 +79,10 @@ class Database:
             self.engine = self._async_engine.sync_engine
             self._begin = "BEGIN"
             self._spawn = greenlet_spawn
+        event.listen(self.engine, "handle_error", _count)
+        pool = self.engine.pool
+        assert isinstance(pool, QueuePool)  # noqa: S101  (A pool with a bound is what was asked for.)
+        self._pool = pool
 
     async def statement(
         self, work: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs
@@ -108,7 +115,18 @@ class Database:
         else:
             self.engine.dispose()
 
+    @property
+    def in_use(self) -> int:
+        """Connections that units of work have taken from the pool."""
+        return self._pool.checkedout()
+
+    @property
+    def waiting(self) -> int:
+        """Units of work that wait for a connection."""
+        return max(0, self._units - self.in_use)
+
     async def _within_timeout(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        self._units += 1
         try:
             # At the time the statement is cancelled on the server too. A server that does not
             # answer even that gets no more patience: its connection is given up.
@@ -116,7 +134,10 @@ class Database:
                 result: T = await self._spawn(run, *args, **kwargs)
                 return result
         except (TimeoutError, PoolTimeout) as error:
+            metrics.database_errors.labels("timeout").inc()
             raise DatabaseTimeout from error
+        finally:
+            self._units -= 1
 
     def _autocommit(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         with Session(self.engine) as session:
@@ -203,6 +224,11 @@ def _disconnect_on_a_stale_plan(context: ExceptionContext) -> None:
     """
     if _is_stale_plan(context.original_exception):
         context.is_disconnect = True
+
+
+def _count(context: ExceptionContext) -> None:
+    state = sqlstate(context.original_exception)
+    metrics.database_errors.labels(state[:2] if state else "none").inc()
 
 
 def _is_stale_plan(error: BaseException | None) -> bool:

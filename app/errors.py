@@ -13,6 +13,10 @@ class NotAuthorized(Exception):
     """A write came with a valid token whose scope does not allow it."""
 
 
+class Draining(Exception):
+    """This worker takes no new connections: it answers what it has and stops."""
+
+
 class DatabaseTimeout(Exception):
     """A unit of work took longer than `DATABASE_TIMEOUT`."""
 

@@ -1,9 +1,9 @@
-"""One log for the app, uvicorn and alembic: a JSON object a line, or plain lines on a terminal."""
+"""One log for all that runs in the process: a JSON object a line, or plain lines on a terminal."""
 
 import logging
 import logging.config
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 
@@ -23,37 +23,42 @@ class _RequestId(logging.Filter):
 def configure(level: str, format: Literal["json", "console"]) -> None:  # noqa: A002
     """Sends every logger of the process to stderr in one format, from `level` up.
 
-    Loggers that uvicorn or alembic have set up by themselves are taken over.
+    Loggers that gunicorn, uvicorn or alembic have set up by themselves are taken over.
     """
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "filters": {"request_id": {"()": _RequestId}},
-            "formatters": {
-                "json": {
-                    "()": "pythonjsonlogger.json.JsonFormatter",
-                    "format": "%(levelname)s %(name)s %(message)s",
-                    "rename_fields": {"levelname": "level", "name": "logger"},
-                    "timestamp": True,
-                    # uvicorn's message once more, with the colours of a terminal.
-                    "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
-                },
-                "console": {"format": "%(asctime)s %(levelname)-7s %(message)s"},
+    logging.config.dictConfig(configuration(level, format))
+
+
+def configuration(level: str, format: Literal["json", "console"]) -> dict[str, Any]:  # noqa: A002
+    """The same, as `logging.config` and gunicorn's `logconfig_dict` take it."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "filters": {"request_id": {"()": _RequestId}},
+        "formatters": {
+            "json": {
+                "()": "pythonjsonlogger.json.JsonFormatter",
+                "format": "%(levelname)s %(name)s %(message)s",
+                "rename_fields": {"levelname": "level", "name": "logger"},
+                "timestamp": True,
+                # uvicorn's message once more, with the colours of a terminal.
+                "reserved_attrs": [*RESERVED_ATTRS, "color_message"],
             },
-            "handlers": {
-                "stderr": {
-                    "class": "logging.StreamHandler",
-                    "formatter": format,
-                    "filters": ["request_id"],
-                }
-            },
-            "root": {"level": level, "handlers": ["stderr"]},
-            "loggers": {
-                "uvicorn": {"level": level, "handlers": [], "propagate": True},
-                "uvicorn.error": {"level": "NOTSET", "handlers": [], "propagate": True},
-                # The app writes the access log itself: see app/api/observe.py.
-                "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
-            },
-        }
-    )
+            "console": {"format": "%(asctime)s %(levelname)-7s %(message)s"},
+        },
+        "handlers": {
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "formatter": format,
+                "filters": ["request_id"],
+            }
+        },
+        "root": {"level": level, "handlers": ["stderr"]},
+        "loggers": {
+            "alembic.runtime.plugins": {"level": "WARNING"},  # A line for each plugin.
+            "gunicorn.error": {"level": level, "handlers": [], "propagate": True},
+            "uvicorn": {"level": level, "handlers": [], "propagate": True},
+            "uvicorn.error": {"level": "NOTSET", "handlers": [], "propagate": True},
+            # The app writes the access log itself: see app/api/observe.py.
+            "uvicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
+        },
+    }

@@ -15,6 +15,11 @@ ALEMBIC_INI = Path(__file__).parents[1] / "alembic.ini"
 _CURRENT = select(table("alembic_version", column("version_num", String)).c.version_num)
 
 
+def current(session: Session) -> set[str]:
+    """The revisions that the database is at: one, or none before the first migration."""
+    return set(session.exec(_CURRENT))
+
+
 class Revisions(NamedTuple):
     """The code's history of the schema: its newest revision, and all of them."""
 
@@ -34,7 +39,7 @@ class Revisions(NamedTuple):
         A revision that this code does not know is a newer release's, whose schema serves the
         release before it too.
         """
-        current = set(session.exec(_CURRENT))
-        if self.head in current or current - self.known:
+        at = current(session)
+        if self.head in at or at - self.known:
             return
-        raise SchemaBehind(f"schema is at {', '.join(current) or 'no revision'}, not {self.head}")
+        raise SchemaBehind(f"it is at {', '.join(at) or 'no revision'}, the code at {self.head}")

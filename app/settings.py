@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -31,7 +32,7 @@ def _database_url(value: object) -> URL:
         raise ValueError("not a database URL") from None
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         return url.set(drivername="postgresql+psycopg")
-    if url.drivername in ("sqlite", "sqlite+pysqlite"):
+    if url.drivername in ("sqlite", "sqlite+pysqlite") and url.database not in (None, ":memory:"):
         return url
     raise ValueError("not a driver of this service")
 
@@ -57,7 +58,13 @@ def _tokens(value: object) -> tuple[Token, ...]:
 
 
 def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use, a container's limit of CPU time included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html: "max 100000" or "150000 100000"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores or 1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores or 1
 
 
 _DATABASE_URL = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"

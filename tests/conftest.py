@@ -24,15 +24,26 @@ from tests.servers import EmbeddedPostgres, Postgres, start_postgres
 from tests.service import Connection, Service, alembic, engine, serve, settings
 
 _POSTGRES = pytest.StashKey[Postgres]()
+_FIGURES = pytest.StashKey[list[str]]()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[_POSTGRES] = start_postgres()
+    session.config.stash[_FIGURES] = []
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     postgres = config.stash[_POSTGRES]
     return f"postgresql: {postgres.version} ({postgres.origin})"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if measured := config.stash[_FIGURES]:
+        terminalreporter.section("figures")
+        for line in measured:
+            terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -43,6 +54,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def postgres(pytestconfig: pytest.Config) -> Postgres:
     """The PostgreSQL server of this run."""
     return pytestconfig.stash[_POSTGRES]
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> list[str]:
+    """Lines for the end of the run: what was measured, for people to read."""
+    return pytestconfig.stash[_FIGURES]
 
 
 @pytest.fixture(scope="session")

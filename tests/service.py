@@ -3,15 +3,16 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import httpx2
 import uvicorn
@@ -21,6 +22,7 @@ from app.main import create_app
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
 
 
 def settings(database_url: URL, **changes: Any) -> Settings:
@@ -40,7 +42,7 @@ def alembic(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the `alembic` command as an operator does."""
     return subprocess.run(
-        [Path(sys.executable).parent / "alembic", *arguments],
+        [BIN / "alembic", *arguments],
         cwd=ROOT,
         env=environment(database_url, **changes),
         check=check,
@@ -91,6 +93,12 @@ class Connection:
         response = self._http.getresponse()
         return Answer(response.status, response.headers, response.read())
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self._http.close()
 
@@ -111,3 +119,109 @@ def serve(settings: Settings) -> Iterator[Service]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+class Gunicorn:
+    """The service in its production form: gunicorn with its own configuration."""
+
+    def __init__(
+        self, database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, **env: str
+    ) -> None:
+        self._log = folder / "gunicorn.log"
+        self._pidfile = folder / "gunicorn.pid"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(BIN / "gunicorn", "--bind", "127.0.0.1:0"),
+                    *("--pid", str(self._pidfile), *arguments),
+                ],
+                cwd=root,
+                env=environment(
+                    database_url,
+                    LOG_FORMAT="json",
+                    # The code in `root`, not the one that is installed in the environment.
+                    PYTHONPATH=str(root),
+                    **{"WEB_CONCURRENCY": "2"} | env,
+                ),
+                stderr=log,
+            )
+        self.started = 0
+        self.wait_for_workers(int(env.get("WEB_CONCURRENCY", "2")))
+        listening = next(line for line in self.log if "Listening at" in line["message"])
+        self.port = int(listening["message"].split(":")[3].split(" ")[0])
+
+    def get(self, path: str) -> Answer:
+        """On a connection of its own."""
+        with Connection(self.port) as connection:
+            return connection.send("GET", path)
+
+    @property
+    def lines(self) -> list[str]:
+        return self._log.read_text().splitlines()
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines]
+
+    @property
+    def pid(self) -> int:
+        """Of the master."""
+        return int(self._pidfile.read_text())
+
+    @property
+    def children(self) -> list[int]:
+        """The master's: its workers, and in a roll the next master."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def wait_for_workers(self, count: int) -> None:
+        """Waits until `count` more workers than before serve."""
+        self.started += count
+        self.wait_for(
+            lambda: sum("startup complete" in line for line in self.lines) >= self.started
+        )
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "\n".join(
+                line for line in self.lines[-200:] if "heroes.access" not in line
+            )
+            time.sleep(0.02)
+
+    def roll(self, workers: int = 2) -> None:
+        """The next master in the place of this one, as docs/operations.md says."""
+        old = self.pid
+        os.kill(old, signal.SIGUSR2)
+        self.wait_for_workers(workers)
+        os.kill(old, signal.SIGTERM)
+        self.wait_for(lambda: self._pidfile.exists() and self.pid != old)
+        self.wait_for(lambda: not alive(old))
+
+    def stop(self) -> None:
+        """Stops the master that is there, and reaps the first one."""
+        if self._pidfile.exists():
+            pid = self.pid
+            os.kill(pid, signal.SIGTERM)
+            self.wait_for(lambda: not alive(pid), 40)
+        self._process.wait(40)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not yet reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@contextmanager
+def gunicorn(
+    database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, **env: str
+) -> Iterator[Gunicorn]:
+    server = Gunicorn(database_url, folder, *arguments, root=root, **env)
+    try:
+        yield server
+    finally:
+        server.stop()

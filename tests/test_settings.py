@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.settings import Settings
-from tests.service import ROOT, alembic, environment
+from tests.service import BIN, ROOT, alembic, environment
 
 SHA256 = "0" * 64
 
@@ -86,6 +86,7 @@ WRONG = {
     "no scheme": ("DATABASE_URL", "//u:hunter2@h/db"),
     "an unknown driver": ("DATABASE_URL", "mysql://u:hunter2@h/db"),
     "another driver for PostgreSQL": ("DATABASE_URL", "postgresql+asyncpg://u:hunter2@h/db"),
+    "a database in memory": ("DATABASE_URL", "sqlite://"),
     "a port that is no number": ("DATABASE_URL", "postgresql://u:p@h:hunter2/db"),
     "a wrong URL for migrations": ("MIGRATION_DATABASE_URL", "hunter2"),
     "a size that is no number": ("DATABASE_POOL_SIZE", "hunter2"),
@@ -114,6 +115,19 @@ def test_a_wrong_value_ends_the_start_with_one_line(name: str, value: str) -> No
     assert server.stderr.startswith(f"heroes: {name} must be ")
     assert server.stderr.count("\n") == 1
     assert "hunter2" not in server.stderr
+
+
+def test_a_wrong_value_ends_gunicorn_in_its_master() -> None:
+    server = subprocess.run(
+        [BIN / "gunicorn", "--bind", "127.0.0.1:0"],
+        cwd=ROOT,
+        env=environment("sqlite:///unused.db", DATABASE_POOL_SIZE="many"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert server.returncode == 2
+    assert server.stderr == "heroes: DATABASE_POOL_SIZE must be a whole number from 1 to 1000\n"
 
 
 def test_a_wrong_value_ends_alembic_the_same_way() -> None:

@@ -1,4 +1,4 @@
-"""What is known of every request from outside of it: its id and its line in the access log."""
+"""What is known of every request from outside of it: its id, its log line and its duration."""
 
 import logging
 import re
@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import metrics
 from app.logs import request_id
 
 access = logging.getLogger("heroes.access")
@@ -18,8 +19,11 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
 class Observe:
-    """Gives every answer an `X-Request-ID` (the request's own, if sane) and writes the access log.
+    """Gives every answer an `X-Request-ID` (the request's own, if sane), logs and measures it.
 
     An exception that nothing below has answered is a bug: it is logged with its traceback, and
     answered with a 500 here, so that even this answer has its id, and the connection stays usable.
@@ -34,6 +38,7 @@ class Observe:
             return
 
         start = time.perf_counter()
+        metrics.requests_in_progress.inc()
         current = Headers(scope=scope).get("x-request-id", "")
         if not _REQUEST_ID.fullmatch(current):
             current = secrets.token_hex(16)
@@ -56,18 +61,26 @@ class Observe:
             response = JSONResponse({"detail": "Internal Server Error"}, 500)
             await response(scope, receive, observed)
         finally:
-            milliseconds = round((time.perf_counter() - start) * 1000, 2)
+            seconds = time.perf_counter() - start
+            method = scope["method"]
+            # No label has a value of a client's making, so that no client can make them grow.
+            metrics.request_duration.labels(
+                getattr(scope.get("route"), "path", "none"),
+                method if method in _METHODS else "other",
+                f"{status // 100}xx" if status else "none",
+            ).observe(seconds)
+            metrics.requests_in_progress.dec()
             path = scope["raw_path"].decode("ascii", "replace")
             access.info(
                 "%s %s %s",
-                scope["method"],
+                method,
                 path,
                 status,
                 extra={
-                    "method": scope["method"],
+                    "method": method,
                     "path": path,
                     "status": status,
-                    "duration_ms": milliseconds,
+                    "duration_ms": round(seconds * 1000, 2),
                     "client": scope["client"][0] if scope["client"] else None,
                 },
             )

@@ -1,9 +1,14 @@
 """What operators and their machines ask."""
 
-from fastapi import APIRouter, Request
+import asyncio
+import contextlib
 
+from fastapi import APIRouter, Request, Response
+from sqlalchemy.exc import DBAPIError
+
+from app import metrics, revisions
 from app.api.dependencies import DatabaseDep
-from app.revisions import Revisions
+from app.errors import DatabaseTimeout, Draining
 
 # Not in the API's documentation: it is for clients.
 router = APIRouter(include_in_schema=False)
@@ -17,7 +22,25 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready")
 async def ready(request: Request, database: DatabaseDep) -> dict[str, str]:
-    """The database answers and its schema serves this code. When this fails, send no requests."""
-    revisions: Revisions = request.app.state.revisions
-    await database.statement(revisions.check)
+    """The database answers and its schema serves this code. When this fails, send no requests.
+
+    Raises `Draining`, what `Database.statement` raises, or `SchemaBehind`.
+    """
+    if getattr(request.state, "draining", False):  # Set by app/server.py.
+        raise Draining
+    of_the_code: revisions.Revisions = request.app.state.revisions
+    await database.statement(of_the_code.check)
     return {"status": "ready"}
+
+
+@router.get("/metrics")
+async def prometheus(request: Request, database: DatabaseDep) -> Response:
+    """The metrics of all workers. A database that is away takes a second and its revision off."""
+    of_the_code: revisions.Revisions = request.app.state.revisions
+    current: set[str] = set()
+    if not database.waiting:  # A look at the revision is not worth a place in the queue.
+        with contextlib.suppress(TimeoutError, DatabaseTimeout, DBAPIError):
+            async with asyncio.timeout(1):
+                current = await database.statement(revisions.current)
+    facts = metrics.Facts(of_the_code.head, ",".join(sorted(current)))
+    return Response(metrics.exposition(facts), media_type=metrics.CONTENT_TYPE)

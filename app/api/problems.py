@@ -36,6 +36,7 @@ PROBLEMS: dict[type[Exception], Problem] = {
     errors.NotAuthorized: Problem(403, "Not authorized"),
     errors.DatabaseTimeout: Problem(503, "The database did not answer in time", _SOON),
     errors.SchemaBehind: BEHIND,
+    errors.Draining: Problem(503, "This worker is stopping", _SOON),
 }
 
 # By SQLSTATE, or its class, the first two characters
@@ -70,8 +71,10 @@ def _respond(problem: Problem) -> JSONResponse:
 
 async def _known(_: Request, error: Exception) -> JSONResponse:
     problem = PROBLEMS[type(error)]
-    if problem.status >= 500:
-        logger.warning("%s: %s", problem.detail, error or error.__cause__)
+    if problem is BEHIND:
+        logger.warning("%s: %s", problem.detail, error)
+    elif problem.status >= 500:
+        logger.warning(problem.detail)
     return _respond(problem)
 
 

@@ -1,0 +1,73 @@
+"""A load of plain HTTP/1.1 that counts what was lost."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Load:
+    """Clients that send on what they believe to be an open connection, and never try again."""
+
+    port: int
+    path: str = "/heroes/"
+    keep_alive_clients: int = 16
+    fresh_clients: int = 4
+    answered: int = 0
+    slowest: float = 0
+    lost: list[str] = field(default_factory=list)
+    _stop: bool = False
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: str
+    ) -> bool:
+        """One request; says whether the connection may be used again."""
+        writer.write(
+            f"GET {self.path} HTTP/1.1\r\nHost: heroes\r\nConnection: {connection}\r\n\r\n".encode()
+        )
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        if not head.startswith(b"http/1.1 200 "):
+            raise ConnectionError(head.split(b"\r\n")[0].decode())
+        return b"connection: close" not in head
+
+    async def _client(self, *, keep_alive: bool) -> None:
+        connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        while not self._stop:
+            start = time.monotonic()
+            again = False
+            try:
+                connection = connection or await asyncio.open_connection("127.0.0.1", self.port)
+                again = await self._exchange(*connection, "keep-alive" if keep_alive else "close")
+                self.answered += 1
+            except (OSError, EOFError) as error:
+                self.lost.append(repr(error))
+            self.slowest = max(self.slowest, time.monotonic() - start)
+            if connection and not again:
+                connection[1].close()
+                connection = None
+            await asyncio.sleep(random.uniform(0, 0.02))
+        if connection:
+            connection[1].close()
+
+    async def _run(self) -> None:
+        await asyncio.gather(
+            *(self._client(keep_alive=True) for _ in range(self.keep_alive_clients)),
+            *(self._client(keep_alive=False) for _ in range(self.fresh_clients)),
+        )
+
+    @contextmanager
+    def running(self) -> Iterator["Load"]:
+        """Runs the clients beside the block."""
+        thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stop = True
+            thread.join(15)
