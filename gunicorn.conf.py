@@ -50,8 +50,13 @@ if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
 def post_worker_init(worker):  # noqa: ANN001
     """In the first worker of a master, after the app is loaded and beside its serving."""
     if worker.age == 1:
+        from gunicorn.systemd import sd_notify
+
         from app.server import log_connection_budget
 
+        # In a roll systemd would take the end of the old master for the end of the service. Only
+        # now, because a new master whose workers do not start must not become the service.
+        sd_notify(f"MAINPID={worker.ppid}", worker.log)
         threading.Thread(
             target=log_connection_budget, args=(settings, workers), daemon=True
         ).start()

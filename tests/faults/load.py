@@ -19,7 +19,9 @@ class Load:
     fresh_clients: int = 4
     answered: int = 0
     slowest: float = 0
+    # Requests without their answer; of these the ones on connections that had carried others.
     lost: list[str] = field(default_factory=list)
+    lost_in_use: list[str] = field(default_factory=list)
     _stop: bool = False
 
     async def _exchange(
@@ -40,13 +42,15 @@ class Load:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         while not self._stop:
             start = time.monotonic()
-            again = False
+            again, in_use = False, connection is not None
             try:
                 connection = connection or await asyncio.open_connection("127.0.0.1", self.port)
                 again = await self._exchange(*connection, "keep-alive" if keep_alive else "close")
                 self.answered += 1
             except (OSError, EOFError) as error:
                 self.lost.append(repr(error))
+                if in_use:
+                    self.lost_in_use.append(repr(error))
             self.slowest = max(self.slowest, time.monotonic() - start)
             if connection and not again:
                 connection[1].close()

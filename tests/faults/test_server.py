@@ -329,6 +329,22 @@ def test_every_line_of_the_log_is_json_in_one_format(server: Gunicorn) -> None:
     assert loggers >= {"gunicorn.error", "uvicorn.error", "app.server", "heroes.access"}
 
 
+def test_systemd_is_told_which_master_is_the_service(database_url: URL, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(20)
+
+        def told() -> set[str]:
+            return {systemd.recv(1024).decode().splitlines()[0] for _ in range(2)}
+
+        with gunicorn(database_url, tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as server:
+            first = server.pid
+            assert told() == {"READY=1", f"MAINPID={first}"}
+            server.roll()
+            assert server.pid != first
+            assert told() == {"READY=1", f"MAINPID={server.pid}"}
+
+
 def test_the_connection_budget_is_logged_and_an_excess_is_warned_of(
     database_url: URL, tmp_path: Path
 ) -> None:

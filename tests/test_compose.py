@@ -1,0 +1,200 @@
+"""`docker compose up`: the production form, built and run for real."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.faults.load import Load
+from tests.servers import docker_answers
+from tests.service import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("docker") and docker_answers()), reason="needs a Docker Engine with Compose"
+)
+
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+
+
+class Stack:
+    """One compose project of this run's own, on a port of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])
+        self.folder = folder
+        self.env = os.environ | {
+            "COMPOSE_PROJECT_NAME": f"heroes-test-{uuid.uuid4().hex[:8]}",
+            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "PORT": str(self.port),
+            # Characters that a URL or a shell would mind.
+            "OWNER_PASSWORD": "o'w%n:e@r/ $x",
+            "APP_PASSWORD": 'a"p%p:@/ \\x',
+        }
+
+    def run(self, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            shell=True,
+            cwd=self.folder,
+            env=self.env,
+            check=check,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def sql(self, statement: str, role: str = "postgres", database: str = "heroes") -> str:
+        """What psql prints, or says that it may not."""
+        done = subprocess.run(
+            [
+                *("docker", "compose", "exec", "-T", "--env", "PGPASSWORD", "db", "psql"),
+                *("--no-psqlrc", "--tuples-only", "--no-align", "--username", role),
+                *(("--host", "127.0.0.1") if role != "postgres" else ()),
+                *("--dbname", database, "--command", statement),
+            ],
+            env=self.env | {"PGPASSWORD": self.env["APP_PASSWORD"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout.strip() or done.stderr.strip()
+
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("compose"))
+    up = stack.run("docker compose up -d --build --wait", check=False)
+    try:
+        logs = stack.run("docker compose ps -a; docker compose logs --tail 30", check=False)
+        assert up.returncode == 0, up.stderr + logs.stdout
+        yield stack
+    finally:
+        stack.run("docker compose down --volumes --timeout 5", check=False)
+
+
+def test_the_contract_holds_through_the_published_port(stack: Stack) -> None:
+    with stack.client() as client:
+        created = client.post("/heroes/", json=DEADPOND)
+        assert created.status_code == 200
+        hero = created.json()
+        path = f"/heroes/{hero['id']}"
+        assert hero == {"name": "Deadpond", "age": None, "id": hero["id"]}
+        assert client.get(path).json() == hero
+        assert hero in client.get("/heroes/").json()
+        assert client.patch(path, json={"age": 48}).json() == hero | {"age": 48}
+        assert client.patch(path, json={"age": "x"}).status_code == 422
+        assert client.delete(path).json() == {"ok": True}
+        assert client.get(path).status_code == 404
+        assert client.get("/health/ready").json() == {"status": "ready"}
+        assert "heroes_schema_info" in client.get("/metrics").text
+        assert client.get("/docs").status_code == 200
+
+
+REFUSED = {
+    "CREATE TABLE villain (id int)": "permission denied for schema public",
+    "CREATE TEMP TABLE villain (id int)": "permission denied to create temporary tables",
+    "CREATE SCHEMA villains": "permission denied for database heroes",
+    "CREATE ROLE villain": "permission denied to create role",
+    "ALTER TABLE hero ADD COLUMN power text": "must be owner of table hero",
+    "CREATE INDEX ON hero (secret_name)": "must be owner of table hero",
+    "DROP TABLE hero": "must be owner of table hero",
+    "TRUNCATE hero": "permission denied for table hero",
+    "INSERT INTO alembic_version VALUES ('x')": "permission denied for table alembic_version",
+    "UPDATE alembic_version SET version_num = 'x'": "permission denied for table alembic_version",
+    "DELETE FROM alembic_version": "permission denied for table alembic_version",
+    "COPY hero TO PROGRAM 'cat'": "permission denied to COPY to or from an external program",
+    "COPY hero FROM PROGRAM 'id'": "permission denied to COPY to or from an external program",
+    "COPY hero TO '/tmp/heroes'": "permission denied to COPY to a file",
+    "SELECT pg_read_file('/etc/passwd')": "permission denied for function pg_read_file",
+    "SET ROLE heroes_owner": 'permission denied to set role "heroes_owner"',
+}
+
+
+@pytest.mark.parametrize("statement", REFUSED)
+def test_the_services_role_may_only_read_and_write_rows(stack: Stack, statement: str) -> None:
+    assert REFUSED[statement] in stack.sql(statement, role="heroes_app")
+
+
+def test_the_services_role_may_read_and_write_rows(stack: Stack) -> None:
+    """The control of the test above."""
+    insert = "INSERT INTO hero (name, secret_name) VALUES ('x', 'y') RETURNING name"
+    assert stack.sql(insert, role="heroes_app").startswith("x")
+    assert stack.sql("SELECT version_num FROM alembic_version", role="heroes_app") == "0001"
+
+
+def test_the_containers_can_do_no_more_than_they_must(stack: Stack) -> None:
+    inspected = stack.run(
+        "docker inspect --format '{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}"
+        " {{.HostConfig.SecurityOpt}} {{gt .HostConfig.Memory 0}}' $(docker compose ps -aq)"
+    )
+    assert inspected.stdout.splitlines() == ["true [ALL] [no-new-privileges:true] true"] * 3
+    user = "docker compose exec -T api python -c 'import os; print(os.getuid(), os.getgid())'"
+    assert stack.run(user).stdout == "10001 10001\n"
+    write = stack.run("docker compose exec -T api touch /srv/heroes/x", check=False)
+    assert "Read-only file system" in write.stderr
+    ports = stack.run("docker compose ps --format '{{.Service}} {{.Ports}}'").stdout
+    assert f"api 127.0.0.1:{stack.port}->8000/tcp" in ports
+    assert "db 5432/tcp" in ports
+    image = stack.run("docker compose exec -T api sh -c 'ls; ls /venv/bin'").stdout.split()
+    assert not {"tests", "requirements.txt", "pip", "gcc"} & set(image)
+
+
+def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack) -> None:
+    with stack.client() as client:
+        before = client.post("/heroes/", json=DEADPOND).json()
+    for service in ("api", "db"):
+        stack.run(f"docker compose restart {service}")
+        stack.run("docker compose up -d --wait")
+        with stack.client() as client:
+            assert client.get(f"/heroes/{before['id']}").json() == before
+
+
+def test_a_restored_backup_is_the_same_database(stack: Stack) -> None:
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    commands = re.search(
+        r"<!-- tests/test_compose.py.*?```console\n(.*?)```", operations, re.DOTALL
+    )
+    assert commands
+    for command in re.findall(r"^\$ (.*)$", commands[1], re.MULTILINE):
+        stack.run(command)
+
+    everything = "SELECT json_agg(hero ORDER BY id) FROM hero"
+    heroes = stack.sql(everything)
+    assert "Dive Wilson" in heroes
+    assert stack.sql(everything, database="restored") == heroes
+    dump = "docker compose exec -T db pg_dump --username=postgres --schema-only --restrict-key=x"
+    schema = stack.run(f"{dump} heroes").stdout
+    assert "heroes_app" in schema
+    assert stack.run(f"{dump} restored").stdout == schema
+    stack.sql("DROP DATABASE restored")
+
+
+def test_stop_under_load_answers_all_that_was_accepted(stack: Stack, figures: list[str]) -> None:
+    with Load(stack.port).running() as load:
+        while load.answered < 500:
+            assert load.lost == []
+        stack.run("docker compose stop api")
+    figures.append(f"docker compose stop: {len(load.lost_in_use)} lost of {load.answered} accepted")
+    assert load.lost_in_use == []
+    assert load.lost != [], "the service did not stop"
+    stack.run("docker compose up -d --wait")
+
+
+def test_the_image_adds_little_to_its_base(stack: Stack, figures: list[str]) -> None:
+    def size(image: str) -> int:
+        return int(stack.run(f"docker image inspect --format '{{{{.Size}}}}' {image}").stdout)
+
+    added = (size("heroes") - size("python:3.14-slim")) / 1e6
+    figures.append(f"image: {added:.0f} MB over its base")
+    assert added < 150
