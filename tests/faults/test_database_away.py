@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
 from tests.servers import EmbeddedPostgres
-from tests.service import alembic, serve, settings
+from tests.service import Migrators, serve, settings
 
 DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
@@ -38,10 +38,10 @@ def assert_unavailable(client: httpx2.Client, detail: str = "database") -> None:
 
 
 def test_a_database_that_comes_back_is_used_again_within_a_second(
-    own_postgres: EmbeddedPostgres,
+    own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
     """Away at the start, then there, then gone under load, then back."""
-    alembic(own_postgres.url, "upgrade", "head")
+    migrate(own_postgres.url, "upgrade", "head")
     own_postgres.stop()
     with serve(settings(own_postgres.url)) as service, service.client() as client:
         assert_unavailable(client)
@@ -61,9 +61,9 @@ def test_a_database_that_comes_back_is_used_again_within_a_second(
 
 
 def test_connections_that_the_server_closed_while_idle_fail_no_request(
-    own_postgres: EmbeddedPostgres,
+    own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
-    alembic(own_postgres.url, "upgrade", "head")
+    migrate(own_postgres.url, "upgrade", "head")
     with serve(settings(own_postgres.url)) as service, service.client() as client:
         occupy_the_pool(client)
         with own_postgres.connect() as connection:
@@ -98,9 +98,11 @@ def assert_ready_within_a_second(client: httpx2.Client) -> None:
         assert client.get("/heroes/").status_code == 200
 
 
-def test_a_server_that_does_not_answer_is_503_in_time(own_postgres: EmbeddedPostgres) -> None:
+def test_a_server_that_does_not_answer_is_503_in_time(
+    own_postgres: EmbeddedPostgres, migrate: Migrators
+) -> None:
     """Stopped, not ended: its sockets take everything and say nothing."""
-    alembic(own_postgres.url, "upgrade", "head")
+    migrate(own_postgres.url, "upgrade", "head")
     with (
         serve(settings(own_postgres.url, database_timeout=1)) as service,
         service.client() as client,
@@ -128,10 +130,12 @@ def test_a_server_that_does_not_answer_is_503_in_time(own_postgres: EmbeddedPost
         assert_ready_within_a_second(client)
 
 
-def test_an_empty_database_is_503_that_says_to_run_the_migrations(empty_database: URL) -> None:
+def test_an_empty_database_is_503_that_says_to_run_the_migrations(
+    empty_database: URL, migrate: Migrators
+) -> None:
     with serve(settings(empty_database)) as service, service.client() as client:
         assert_unavailable(client, "alembic upgrade head")
-        alembic(empty_database, "upgrade", "head")
+        migrate(empty_database, "upgrade", "head")
         assert_ready_within_a_second(client)
 
 
@@ -152,13 +156,13 @@ def test_a_schema_behind_the_code_is_not_ready_and_one_ahead_is(
         assert client.get("/health/ready").status_code == 200
 
 
-def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path) -> None:
+def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path, migrate: Migrators) -> None:
     file = tmp_path / "away" / "heroes.db"
     url = make_url(f"sqlite:///{file}")
     with serve(settings(url)) as service, service.client() as client:
         assert_unavailable(client)
         file.parent.mkdir()
-        alembic(url, "upgrade", "head")
+        migrate(url, "upgrade", "head")
         assert_ready_within_a_second(client)
 
 

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, Engine, text
 
+from app.revisions import Revisions
 from tests.faults.load import Load
 from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 JSON = "application/json"
 HERO = b'{"name": "Deadpond", "secret_name": "Dive Wilson"}'
 ROLLS = 5
+HEAD_REVISION = Revisions.of_the_code().head
 
 
 @pytest.fixture
@@ -282,7 +284,7 @@ def test_metrics_are_of_all_workers_and_clients_cannot_make_them_grow(server: Gu
     assert counts["http_requests_in_progress",] == 1
     assert ("database_pool_connections_in_use",) in counts
     assert ("database_pool_waiting",) in counts
-    assert counts["heroes_schema_info", "code=0001", "database=0001"] == 1
+    assert counts["heroes_schema_info", f"code={HEAD_REVISION}", f"database={HEAD_REVISION}"] == 1
     assert any(key[0] == "heroes_build_info" for key in counts)
 
 

@@ -1,0 +1,47 @@
+"""Runs `alembic` commands in forks of a process that has imported everything: many a second.
+
+Reads a JSON object a line, {"argv", "env", "count", "output"}; runs `count` migrators at once, each
+with its output in the file `output`.N; writes their exit codes as a JSON array.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import psycopg  # noqa: F401
+from alembic.config import CommandLine
+
+from app import database, migrations, models, settings  # noqa: F401
+
+
+def run(argv: list[str], env: dict[str, str], output: str) -> None:
+    """The end of this process: the command's, and its exit code."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    code: Any = 0
+    try:
+        CommandLine("alembic").main(argv)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001  (whatever it is, it ends this fork alone)
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+for line in sys.stdin:
+    request = json.loads(line)
+    children = []
+    for number in range(request["count"]):
+        if not (child := os.fork()):
+            run(request["argv"], request["env"], f"{request['output']}.{number}")
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.stdout.write(json.dumps(codes) + "\n")
+    sys.stdout.flush()
