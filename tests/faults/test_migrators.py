@@ -1,0 +1,350 @@
+"""Migrations on a live database: many migrators, killed ones, held locks, running traffic."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from alembic.util import CommandError
+from sqlalchemy import URL, Engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+from app import migrations
+from tests.faults.load import Load
+from tests.schemas import schema_of
+from tests.servers import Postgres
+from tests.service import ROOT, Migrators, alembic, engine
+from tests.test_migrations import REVISIONS, rows, tutorials_database
+
+postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+
+ROUNDS = 10
+MIGRATORS = 8
+
+
+@pytest.fixture
+def beside(empty_database: URL) -> Iterator[Engine]:
+    beside = engine(empty_database)
+    yield beside
+    beside.dispose()
+
+
+def fill(database: Engine, count: int) -> None:
+    with database.connect() as connection:
+        connection.execute(
+            text(
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)"
+                " INSERT INTO hero (name, age, secret_name) SELECT 'hero ' || i, i % 90, 's' FROM n"
+            ),
+            {"count": count},
+        )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_of_many_migrators_at_once_all_succeed(
+    backend: str,
+    postgres: Postgres,
+    migrate: Migrators,
+    database_url: URL,
+    tmp_path: Path,
+    figures: list[str],
+) -> None:
+    expected = schema_of(database_url)
+    codes = []
+    for number in range(ROUNDS):
+        name = f"heroes_round_{uuid.uuid4().hex}"
+        url = (
+            make_url(f"sqlite:///{tmp_path / f'{number}.db'}")
+            if backend == "sqlite"
+            else postgres.create(name)
+        )
+        done = migrate.at_once(MIGRATORS, url, "upgrade", "head")
+        codes += [migration.returncode for migration in done]
+        assert codes == [0] * len(codes), done
+        assert schema_of(url) == expected
+        if backend == "postgresql":
+            postgres.drop(name)
+    figures.append(f"{backend}: {ROUNDS} rounds of {MIGRATORS} migrators at once, all exit 0")
+
+
+@pytest.mark.parametrize(
+    ("backend", "revision"),
+    # On SQLite the whole upgrade is one transaction, which is long enough in 0006 alone.
+    [("sqlite", "0006"), *(("postgresql", revision) for revision in REVISIONS)],
+    indirect=["backend"],
+)
+def test_after_a_migrator_that_was_killed_the_next_succeeds(
+    empty_database: URL, beside: Engine, migrate: Migrators, database_url: URL, revision: str
+) -> None:
+    on_postgresql = empty_database.get_backend_name() == "postgresql"
+    tutorials_database(empty_database)
+    fill(beside, 5000 if on_postgresql else 500_000)
+    kept = rows(beside)
+    process = alembic(empty_database, "upgrade", "head")
+    assert process.stdout
+    for line in process.stdout:
+        if f"-> {revision}," in line:
+            process.kill()
+            break
+    process.communicate()
+    assert process.returncode == -9, "it was killed"
+
+    migrate(empty_database, "upgrade", "head")
+    assert rows(beside) == kept
+    if on_postgresql:
+        assert schema_of(empty_database) == schema_of(database_url)
+
+
+@postgresql_only
+def test_an_index_whose_build_was_cut_short_is_built_anew(
+    empty_database: URL, beside: Engine, migrate: Migrators
+) -> None:
+    migrate(empty_database, "upgrade", "0006")
+    fill(beside, 100)
+    valid = text(
+        "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('ix_hero_name_id')"
+    )
+
+    def build() -> None:
+        with beside.connect() as connection, pytest.raises(DBAPIError):
+            connection.execute(text("CREATE INDEX CONCURRENTLY ix_hero_name_id ON hero (name, id)"))
+
+    with beside.connect() as older, beside.connect() as connection:
+        older.execute(text("BEGIN"))
+        older.execute(text("UPDATE hero SET age = 1 WHERE id = 1"))
+        building = threading.Thread(target=build)
+        building.start()
+        terminate = text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE 'CREATE INDEX CONC%' AND wait_event_type = 'Lock'"
+            " AND datname = current_database()"
+        )
+        wait_for(lambda: connection.execute(terminate).first())
+        building.join()
+        older.execute(text("ROLLBACK"))
+        assert connection.scalar(valid) is False, "the control: such an index is left"
+
+        upgraded = migrate(empty_database, "upgrade", "head")
+        assert "ix_hero_name_id is invalid, its build was cut short" in upgraded.output
+        assert connection.scalar(valid) is True
+        everyone = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
+        assert connection.scalar(everyone) == 0
+
+
+@contextmanager
+def reading(beside: Engine) -> Iterator[list[float]]:
+    """Reads beside the block, one after the other; the seconds that each took."""
+    took: list[float] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        with beside.connect() as connection:
+            while not stop.is_set():
+                start = time.monotonic()
+                connection.execute(text("SELECT secret_name FROM hero LIMIT 1")).all()
+                took.append(time.monotonic() - start)
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def transaction_of(beside: Engine, seconds: float) -> Iterator[None]:
+    """A transaction that has read the table, and stays open for so long."""
+    with beside.connect() as holder:
+        holder.execute(text("BEGIN"))
+        holder.execute(text("SELECT secret_name FROM hero LIMIT 1")).all()
+        end = threading.Timer(seconds, lambda: holder.execute(text("ROLLBACK")))
+        end.start()
+        yield
+        end.join()
+
+
+@postgresql_only
+def test_while_a_transaction_holds_the_table_reads_do_not_wait_and_the_upgrade_succeeds(
+    empty_database: URL, beside: Engine, migrate: Migrators, figures: list[str]
+) -> None:
+    migrate(empty_database, "upgrade", "0001")
+    fill(beside, 1000)
+    with reading(beside) as took, transaction_of(beside, 8):
+        start = time.monotonic()
+        upgraded = migrate(empty_database, "upgrade", "head")
+        waited = time.monotonic() - start
+    figures.append(
+        f"upgrade while a transaction held the table for 8 s: {waited:.1f} s,"
+        f" the slowest of {len(took)} reads {max(took):.2f} s"
+    )
+    assert "The table is in use: trying again in" in upgraded.output
+    assert waited > 7
+    assert max(took) < 0.7
+
+
+@postgresql_only
+def test_without_the_lock_timeout_reads_do_wait(
+    empty_database: URL, beside: Engine, migrate: Migrators
+) -> None:
+    """The control of the test above."""
+    migrate(empty_database, "upgrade", "0001")
+    fill(beside, 1000)
+    with (
+        reading(beside) as took,
+        transaction_of(beside, 2),
+        beside.connect() as connection,
+    ):
+        connection.execute(text("ALTER TABLE hero ADD COLUMN power text"))
+    assert max(took) > 1
+
+
+@contextmanager
+def tutorial(url: URL) -> Iterator[int]:
+    """The tutorial's own code, served; its port."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "tests.tutorial:app", "--port", "0", "--no-access-log"],
+        cwd=ROOT,
+        env=os.environ | {"TUTORIAL_DATABASE_URL": url.render_as_string(hide_password=False)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stderr
+    port = 0
+    while not port:
+        line = server.stderr.readline()
+        if "running on" in line:
+            port = int(line.split(":")[3].split(" ")[0])
+    try:
+        yield port
+    finally:
+        server.terminate()
+        server.communicate(timeout=20)
+
+
+REQUESTS = [
+    ("POST", "/heroes/", '{"name": "Deadpond", "secret_name": "Dive Wilson"}'),
+    ("GET", "/heroes/?limit=10", ""),
+    ("GET", "/heroes/7", ""),
+    ("PATCH", "/heroes/7", '{"age": 7}'),
+    ("PATCH", "/heroes/8", '{"name": "Rusty-Man", "age": null}'),
+]
+
+# The releases whose code must go on working while and after the schema is brought to the newest.
+# When a release is made, its code is added here: served from a worktree of its tag, from the
+# revision that was its head.
+RELEASES = {"the tutorial": (tutorial, None)}
+
+
+@postgresql_only
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_whole_upgrade_under_load_fails_no_request_of_an_earlier_release(
+    empty_database: URL, beside: Engine, migrate: Migrators, release: str, figures: list[str]
+) -> None:
+    served, revision = RELEASES[release]
+    if revision:
+        migrate(empty_database, "upgrade", revision)
+    with served(empty_database) as port:
+        fill(beside, 50_000)
+        with Load(port, REQUESTS, keep_alive_clients=6, fresh_clients=2).running() as load:
+            time.sleep(1)
+            before = load.answered
+            migrate(empty_database, "upgrade", "head")
+            during = load.answered - before
+            time.sleep(2)  # On the newest schema.
+    figures.append(
+        f"upgrade of 50,000 rows under the load of {release}: {len(load.lost)} of"
+        f" {load.answered + len(load.lost)} requests failed ({during} meanwhile),"
+        f" the slowest took {load.slowest:.2f} s"
+    )
+    assert load.lost == []
+    assert during > 50
+    with beside.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM hero")).scalar_one() > 50_000
+
+
+@postgresql_only
+def test_a_change_that_an_earlier_release_does_not_bear_fails_its_requests(
+    empty_database: URL, beside: Engine
+) -> None:
+    """The control of the test above."""
+    with tutorial(empty_database) as port:
+        fill(beside, 100)
+        load = Load(port, REQUESTS, keep_alive_clients=4, fresh_clients=1)
+        with load.running(), beside.connect() as connection:
+            wait_for(lambda: load.answered > 20)
+            connection.execute(text("ALTER TABLE hero RENAME COLUMN secret_name TO alias"))
+            wait_for(lambda: load.lost)
+
+
+@postgresql_only
+def test_a_migrator_waits_for_another_and_says_so(empty_database: URL, beside: Engine) -> None:
+    with beside.connect() as other:
+        other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
+        process = alembic(empty_database, "upgrade", "head")
+        assert process.stdout
+        assert any("Another migrator is at work" in line for line in process.stdout)
+        assert process.poll() is None
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0, output
+
+
+@postgresql_only
+def test_the_wait_for_another_migrator_and_for_a_lock_end(
+    empty_database: URL, beside: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "PATIENCE", 1)
+    migrating = migrations.engine(empty_database)
+    with beside.connect() as other:
+        other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
+        with (
+            pytest.raises(CommandError, match="Another migrator was at work"),
+            migrations.only_migrator(migrating),
+        ):
+            pass
+        other.execute(text("CREATE TABLE hero (id int)"))
+        other.execute(text("BEGIN"))
+        other.execute(text("LOCK TABLE hero"))
+
+        def change() -> None:
+            with migrating.begin() as connection:
+                connection.execute(text("ALTER TABLE hero ADD COLUMN power text"))
+
+        with pytest.raises(CommandError, match="A lock was not to be had"):
+            migrations.with_short_locks(change)
+
+
+def test_a_failed_upgrade_of_sqlite_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path, migrate: Migrators
+) -> None:
+    """The batch's temporary table is there when the copy fails, and must go with it."""
+    url = make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
+    migrate(url, "upgrade", "0005")
+    beside = engine(url)
+    before = schema_of(url)
+    with beside.connect() as connection:
+        # A second index of the name that 0007 makes lets that one fail, after 0006 made its table.
+        connection.execute(text("CREATE TABLE other (id int)"))
+        connection.execute(text("CREATE VIEW ix_hero_age_id AS SELECT 1"))
+    failed = migrate(url, "upgrade", "head", check=False)
+    assert failed.returncode != 0
+    with beside.connect() as connection:
+        connection.execute(text("DROP VIEW ix_hero_age_id"))
+        connection.execute(text("DROP TABLE other"))
+    assert schema_of(url) == before
+    migrate(url, "upgrade", "head")
+    beside.dispose()
