@@ -93,7 +93,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 def empty_database(backend: str, postgres: Postgres, tmp_path: Path) -> Iterator[URL]:
     """A database of this test's own, without any schema."""
     if backend == "sqlite":
-        yield make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
+        yield make_url(f"sqlite:///{tmp_path / 'empty.db'}")
         return
     name = f"heroes_test_{uuid.uuid4().hex}"
     yield postgres.create(name)

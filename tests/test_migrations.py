@@ -434,10 +434,12 @@ def test_a_column_more_in_the_model_goes_all_the_way(
         source.replace(field, "    secret_name: str\n    power: str | None = None\n    # How often")
     )
 
-    code, output = run(project, database_url, "revision", "--autogenerate", "-m", "Powers")
+    code, output = run(
+        project, database_url, "revision", "--autogenerate", "--rev-id", "9999", "-m", "Powers"
+    )
     assert code == 0, output
     [generated] = (project / "alembic" / "versions").glob("*_powers.py")
-    assert re.match(r"\d{4}_\d\d_\d\d_\w+_powers\.py", generated.name)
+    assert re.match(r"\d{4}_\d\d_\d\d_9999_powers\.py", generated.name)
     lint = subprocess.run(
         [BIN / "ruff", "check", generated],
         cwd=project,

@@ -99,7 +99,7 @@ def test_after_a_migrator_that_was_killed_the_next_succeeds(
             process.kill()
             break
     process.communicate()
-    assert process.returncode == -9, "it was killed"
+    assert process.returncode == -9, f"not killed: {line}"
 
     migrate(empty_database, "upgrade", "head")
     assert rows(beside) == kept
