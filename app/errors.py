@@ -5,6 +5,10 @@ class HeroNotFound(Exception):
     """There is no hero with this id."""
 
 
+class HeroChanged(Exception):
+    """The hero is not at the version that the client knows."""
+
+
 class NotAuthenticated(Exception):
     """A write came without a token, or with one that is not among `API_TOKENS`."""
 

@@ -60,7 +60,7 @@ def test_a_transaction_that_fails_leaves_nothing_and_its_connection_sound(
         service = Database(database_url, pool_size=1, timeout=5)
         with pytest.raises(LookupError):
             await service.transaction(two_heroes, fail=True)
-        assert await service.statement(heroes.read, 0, 100) == []
+        assert await service.statement(heroes.read, heroes.Listing(100)) == []
         await service.close()
 
     asyncio.run(work())

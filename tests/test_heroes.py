@@ -158,13 +158,15 @@ def test_each_operation_is_exactly_one_statement(database_url: URL) -> None:
     statements: list[str] = []
 
     async def operations() -> None:
-        await database.statement(heroes.read, 0, 1)  # The first connection asks for more.
+        await database.statement(
+            heroes.read, heroes.Listing(1)
+        )  # The first connection asks for more.
         event.listen(
             database.engine, "before_cursor_execute", lambda *call: statements.append(call[2])
         )
         row = await database.statement(heroes.create, HeroCreate.model_validate(DEADPOND))
         await database.statement(heroes.get, row.id)
-        await database.statement(heroes.read, 0, 100)
+        await database.statement(heroes.read, heroes.Listing(100))
         await database.statement(heroes.change, row.id, HeroUpdate(age=3))
         await database.statement(heroes.remove, row.id)
         await database.close()

@@ -1,19 +1,26 @@
-"""The tutorial's five operations."""
+"""The tutorial's five operations, and what clients need next: in headers and query parameters."""
 
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import heroes
+from app import etags, heroes
 from app.api.dependencies import DatabaseDep, HeroId, each_query_parameter_once
-from app.errors import HeroNotFound
-from app.heroes import HeroRow
-from app.models import INT8_MAX, HeroCreate, HeroPublic, HeroUpdate
+from app.api.problems import invalid
+from app.database import Database
+from app.errors import HeroChanged, HeroNotFound
+from app.heroes import HeroRow, Listing
+from app.models import INT4_MAX, INT8_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
+from app.pages import Cursor, Sort
 
 # Apart, so that a token can be asked for writes alone.
 reads = APIRouter(prefix="/heroes")
 writes = APIRouter(prefix="/heroes")
+
+IfMatch = Annotated[str | None, Header(description="Only if the hero still has one of these ETags")]
+IfNoneMatch = Annotated[str | None, Header(description="Only if the hero has none of these ETags")]
 
 
 def _public(row: HeroRow) -> dict[str, Any]:
@@ -25,43 +32,113 @@ def _public(row: HeroRow) -> dict[str, Any]:
     return {"name": row.name, "age": row.age, "id": row.id}
 
 
+def _one(row: HeroRow, **headers: str) -> JSONResponse:
+    return JSONResponse(_public(row), headers={"ETag": etags.of_version(row.version)} | headers)
+
+
 # Each path with and without the slash at its end, without a redirect; the first is the documented.
 @writes.post("/", response_model=HeroPublic)
 @writes.post("", include_in_schema=False)
-async def create_hero(hero: HeroCreate, database: DatabaseDep) -> JSONResponse:
+async def create_hero(request: Request, hero: HeroCreate, database: DatabaseDep) -> JSONResponse:
     row = await database.statement(heroes.create, hero)
-    return JSONResponse(_public(row))
+    return _one(row, Location=f"{request.scope['root_path']}/heroes/{row.id}")
 
 
 @reads.get("/", response_model=list[HeroPublic], dependencies=[Depends(each_query_parameter_once)])
 @reads.get("", include_in_schema=False, dependencies=[Depends(each_query_parameter_once)])
 async def read_heroes(
+    request: Request,
     database: DatabaseDep,
     offset: Annotated[int, Query(ge=0, le=INT8_MAX)] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
+    name: Text | None = None,
+    age_min: Annotated[int | None, Query(ge=0, le=INT4_MAX)] = None,
+    age_max: Annotated[int | None, Query(ge=0, le=INT4_MAX)] = None,
+    sort: Sort = "id",
+    after: Annotated[str | None, Query(description="The cursor of the last page")] = None,
+    total: Annotated[bool, Query(description="Count all pages in X-Total-Count")] = False,
 ) -> JSONResponse:
-    rows = await database.statement(heroes.read, offset, limit)
-    return JSONResponse([_public(row) for row in rows])
+    if age_min is not None and age_max is not None and age_min > age_max:
+        raise invalid("query", "age_min", "Should not be greater than age_max")
+    if after is not None and "offset" in request.query_params:
+        raise invalid("query", "after", "Should not be given together with offset")
+    cursor = _cursor(after, sort)
+    # One more than the page has, to know whether there is another.
+    listing = Listing(limit + 1, offset, sort, cursor, name, age_min, age_max)
+    rows = await database.statement(heroes.read, listing)
+    headers = {}
+    if len(rows) > limit:
+        headers["Link"] = f'<{_next(request, sort, rows[limit - 1])}>; rel="next"'
+    if total:
+        headers["X-Total-Count"] = str(await database.statement(heroes.count, listing))
+    return JSONResponse([_public(row) for row in rows[:limit]], headers=headers)
 
 
-@reads.get("/{hero_id}", response_model=HeroPublic)
-async def read_hero(hero_id: HeroId, database: DatabaseDep) -> JSONResponse:
+def _cursor(after: str | None, sort: Sort) -> Cursor | None:
+    try:
+        return None if after is None else Cursor.parse(after, sort)
+    except ValueError as error:
+        raise invalid("query", "after", str(error)) from None
+
+
+def _next(request: Request, sort: Sort, last: HeroRow) -> str:
+    """The same request for the page behind this hero. Without a host, which the client knows."""
+    kept = [
+        (name, value)
+        for name, value in request.query_params.items()
+        if name not in ("after", "offset")
+    ]
+    cursor = Cursor(sort, getattr(last, sort.removeprefix("-")), last.id)
+    return f"{request.url.path}?{urlencode([*kept, ('after', str(cursor))])}"
+
+
+@reads.get(
+    "/{hero_id}", response_model=HeroPublic, responses={304: {"description": "Not Modified"}}
+)
+async def read_hero(
+    hero_id: HeroId, database: DatabaseDep, if_none_match: IfNoneMatch = None
+) -> Response:
     row = await database.statement(heroes.get, hero_id)
     if not row:
         raise HeroNotFound
-    return JSONResponse(_public(row))
+    if if_none_match is not None:
+        try:
+            known = etags.matches(if_none_match, row.version)
+        except ValueError as error:
+            raise invalid("header", "If-None-Match", str(error)) from None
+        if known:
+            return Response(status_code=304, headers={"ETag": etags.of_version(row.version)})
+    return _one(row)
 
 
 @writes.patch("/{hero_id}", response_model=HeroPublic)
-async def update_hero(hero_id: HeroId, hero: HeroUpdate, database: DatabaseDep) -> JSONResponse:
-    row = await database.statement(heroes.change, hero_id, hero)
+async def update_hero(
+    hero_id: HeroId, hero: HeroUpdate, database: DatabaseDep, if_match: IfMatch = None
+) -> JSONResponse:
+    row = await database.statement(heroes.change, hero_id, hero, _versions(if_match))
     if not row:
-        raise HeroNotFound
-    return JSONResponse(_public(row))
+        raise await _why_not(database, hero_id, if_match)
+    return _one(row)
 
 
 @writes.delete("/{hero_id}")
-async def delete_hero(hero_id: HeroId, database: DatabaseDep) -> JSONResponse:
-    if not await database.statement(heroes.remove, hero_id):
-        raise HeroNotFound
+async def delete_hero(
+    hero_id: HeroId, database: DatabaseDep, if_match: IfMatch = None
+) -> JSONResponse:
+    if not await database.statement(heroes.remove, hero_id, _versions(if_match)):
+        raise await _why_not(database, hero_id, if_match)
     return JSONResponse({"ok": True})
+
+
+def _versions(if_match: str | None) -> frozenset[int] | None:
+    try:
+        return None if if_match is None else etags.versions(if_match)
+    except ValueError as error:
+        raise invalid("header", "If-Match", str(error)) from None
+
+
+async def _why_not(database: Database, hero_id: int, if_match: str | None) -> Exception:
+    """Why nothing was written: there is no such hero, or it is not as the client knows it."""
+    if if_match is None or not await database.statement(heroes.get, hero_id):
+        return HeroNotFound()
+    return HeroChanged()

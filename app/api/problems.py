@@ -32,6 +32,7 @@ CONFLICT = Problem(409, "The hero conflicts with what is stored")
 
 PROBLEMS: dict[type[Exception], Problem] = {
     errors.HeroNotFound: Problem(404, "Hero not found"),
+    errors.HeroChanged: Problem(412, "The hero has changed"),
     errors.NotAuthenticated: Problem(401, "Not authenticated", {"WWW-Authenticate": "Bearer"}),
     errors.NotAuthorized: Problem(403, "Not authorized"),
     errors.DatabaseTimeout: Problem(503, "The database did not answer in time", _SOON),
@@ -62,6 +63,11 @@ def register(app: FastAPI) -> None:
         app.add_exception_handler(error, _known)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(RequestValidationError, _invalid)
+
+
+def invalid(where: str, name: str, message: str) -> RequestValidationError:
+    """What FastAPI raises for its own checks, for those that are the service's."""
+    return RequestValidationError([{"type": "value_error", "loc": (where, name), "msg": message}])
 
 
 def _respond(problem: Problem) -> JSONResponse:

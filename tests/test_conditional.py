@@ -1,0 +1,141 @@
+"""ETags (RFC 9110): what has not changed is not sent, and what has changed is not overwritten."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+
+from app import etags
+from tests.service import Service
+
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+
+
+@pytest.fixture
+def path(client: httpx2.Client) -> str:
+    created = client.post("/heroes/", json=DEADPOND)
+    assert created.headers["location"] == f"/heroes/{created.json()['id']}"
+    return str(created.headers["location"])
+
+
+def test_create_read_and_update_say_the_same_etag_until_a_change(
+    client: httpx2.Client, path: str
+) -> None:
+    first = client.get(path).headers["etag"]
+    assert client.get(path).headers["etag"] == first
+    second = client.patch(path, json={"age": 3})
+    assert second.headers["etag"] != first
+    assert client.get(path).headers["etag"] == second.headers["etag"]
+    # Only the secret has changed, and still another client's knowledge is out of date.
+    third = client.patch(path, json={"secret_name": "x"}).headers["etag"]
+    assert third != second.headers["etag"]
+    assert client.patch(path, json={}).headers["etag"] == third
+
+
+def test_create_says_the_etag_of_the_new_hero(client: httpx2.Client) -> None:
+    created = client.post("/heroes", json=DEADPOND)
+    assert client.get(created.headers["location"]).headers["etag"] == created.headers["etag"]
+
+
+NONE_MATCH = {
+    '"1"': 304,
+    'W/"1"': 304,
+    "*": 304,
+    '"0", "1"': 304,
+    '"a,b" ,W/"1"': 304,
+    '"2"': 200,
+    '"01"': 200,
+    '""': 200,
+    "1": 422,
+    '"1': 422,
+    '"1" "2"': 422,
+    "": 422,
+    ",": 422,
+    'w/"1"': 422,
+    '*, "1"': 422,
+}
+
+
+@pytest.mark.parametrize("header", NONE_MATCH)
+def test_if_none_match(client: httpx2.Client, path: str, header: str) -> None:
+    answer = client.get(path, headers={"If-None-Match": header})
+    assert answer.status_code == NONE_MATCH[header]
+    if answer.status_code == 304:
+        assert answer.content == b""
+        assert answer.headers["etag"] == '"1"'
+    if answer.status_code == 422:
+        assert answer.json()["detail"][0]["loc"] == ["header", "If-None-Match"]
+
+
+MATCH = {
+    '"1"': 200,
+    "*": 200,
+    '"0", "1"': 200,
+    'W/"1"': 412,
+    '"2"': 412,
+    '"99999999999999999999"': 412,
+    '"a,b"': 412,
+    "1": 422,
+    "": 422,
+}
+
+
+@pytest.mark.parametrize("header", MATCH)
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_if_match(client: httpx2.Client, path: str, method: str, header: str) -> None:
+    before = client.get(path)
+    answer = client.request(method, path, json={"age": 3}, headers={"If-Match": header})
+    assert answer.status_code == MATCH[header], answer.text
+    if answer.status_code != 200:
+        assert client.get(path).headers["etag"] == before.headers["etag"]
+    if answer.status_code == 412:
+        assert answer.json() == {"detail": "The hero has changed"}
+
+
+def test_an_update_without_changes_has_its_precondition_too(
+    client: httpx2.Client, path: str
+) -> None:
+    assert client.patch(path, json={}, headers={"If-Match": '"2"'}).status_code == 412
+    assert client.patch(path, json={}, headers={"If-Match": '"1"'}).status_code == 200
+
+
+@pytest.mark.parametrize("header", ["*", '"1"'])
+@pytest.mark.parametrize("method", ["PATCH", "DELETE"])
+def test_a_precondition_on_a_hero_that_is_not_there_is_404(
+    client: httpx2.Client, method: str, header: str
+) -> None:
+    answer = client.request(method, "/heroes/9", json={"age": 3}, headers={"If-Match": header})
+    assert answer.status_code == 404
+
+
+def at_once(service: Service, requests: list[tuple[str, str, dict[str, str]]]) -> list[int]:
+    def send(request: tuple[str, str, dict[str, str]]) -> int:
+        method, path, headers = request
+        with service.client() as client:
+            return client.request(method, path, json={"age": 3}, headers=headers).status_code
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(send, requests))
+
+
+def test_of_twenty_updates_with_one_etag_one_is_made(service: Service, path: str) -> None:
+    statuses = at_once(service, [("PATCH", path, {"If-Match": '"1"'})] * 20)
+    assert sorted(statuses) == [200] + [412] * 19
+
+
+def test_updates_and_deletions_that_race_never_fail(
+    service: Service, client: httpx2.Client
+) -> None:
+    for _ in range(5):
+        path = client.post("/heroes/", json=DEADPOND).headers["location"]
+        conditional = {"If-Match": '"1"'}
+        requests = [("PATCH", path, dict[str, str]()), ("DELETE", path, {})] * 4
+        requests += [("PATCH", path, conditional), ("DELETE", path, conditional)]
+        assert set(at_once(service, requests)) <= {200, 404, 412}
+        assert client.get(path).status_code == 404
+
+
+def test_an_etag_is_that_of_its_version_and_of_no_other() -> None:
+    assert etags.versions(etags.of_version(12)) == frozenset({12})
+    assert etags.matches(etags.of_version(12), 12)
+    assert not etags.matches(etags.of_version(12), 2)

@@ -1,0 +1,320 @@
+"""Lists in every order, page by page: nothing skipped, nothing twice, and no page dear."""
+
+import itertools
+import json
+import random
+import re
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlmodel import Session
+
+from app import heroes
+from app.heroes import Listing
+from app.pages import SORTS, Cursor, Sort
+from tests.servers import Postgres
+from tests.service import Migrators
+
+HEROES = [
+    ("Deadpond", None),
+    ("Rusty-Man", 48),
+    ("Spider-Boy", None),
+    ("Tarantula", 32),
+    ("Rusty-Man", 30),
+    ("Captain", 48),
+    ("Black Lion", 0),
+    ("Spider-Boy", 32),
+]
+
+
+def create(client: httpx2.Client, name: str, age: int | None) -> int:
+    hero = {"name": name, "age": age, "secret_name": "s"}
+    return int(client.post("/heroes/", json=hero).json()["id"])
+
+
+@pytest.fixture
+def ids(client: httpx2.Client) -> list[int]:
+    return [create(client, name, age) for name, age in HEROES]
+
+
+def pages(client: httpx2.Client, path: str) -> Iterator[list[dict[str, Any]]]:
+    """The pages of a list, by following its links."""
+    next_path: str | None = path
+    while next_path:
+        answer = client.get(next_path)
+        assert answer.status_code == 200, answer.text
+        yield answer.json()
+        link = answer.headers.get("link")
+        next_path = None
+        if link:
+            match = re.fullmatch(r'<(/heroes/\?[!-~]+)>; rel="next"', link)
+            assert match, link
+            next_path = match[1]
+
+
+def expected_order(sort: str, listed: list[dict[str, Any]]) -> list[int]:
+    def key(hero: dict[str, Any]) -> tuple[Any, ...]:
+        value = hero[sort.removeprefix("-")]
+        return (value is None, value or 0 if sort.endswith("age") else value, hero["id"])
+
+    return [hero["id"] for hero in sorted(listed, key=key, reverse=sort.startswith("-"))]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 100])
+def test_a_walk_by_links_is_the_whole_list_in_order(
+    client: httpx2.Client, ids: list[int], limit: int
+) -> None:
+    everything = client.get("/heroes/").json()
+    assert [hero["id"] for hero in everything] == ids
+    for sort in SORTS:
+        walked = list(pages(client, f"/heroes/?sort={sort}&limit={limit}"))
+        assert all(len(page) == limit for page in walked[:-1])
+        found = [hero["id"] for page in walked for hero in page]
+        assert found == expected_order(sort, everything), sort
+
+
+FILTERS = {
+    "name=Rusty-Man": [1, 4],
+    "name=nobody": [],
+    "age_min=32": [1, 3, 5, 7],
+    "age_max=32": [3, 4, 6, 7],
+    "age_min=30&age_max=32": [3, 4, 7],
+    "age_min=0": [1, 3, 4, 5, 6, 7],
+    "name=Spider-Boy&age_min=1": [7],
+}
+
+
+@pytest.mark.parametrize("query", FILTERS)
+def test_filters_hold_in_every_order_and_on_every_page(
+    client: httpx2.Client, ids: list[int], query: str
+) -> None:
+    expected = {ids[position] for position in FILTERS[query]}
+    for sort in SORTS:
+        first = client.get(f"/heroes/?{query}&sort={sort}&limit=1&total=true")
+        assert first.headers["x-total-count"] == str(len(expected))
+        walked = [
+            hero for page in pages(client, f"/heroes/?{query}&sort={sort}&limit=1") for hero in page
+        ]
+        assert {hero["id"] for hero in walked} == expected
+        assert [hero["id"] for hero in walked] == expected_order(sort, walked)
+
+
+def test_total_is_counted_only_when_asked_for(client: httpx2.Client, ids: list[int]) -> None:
+    assert "x-total-count" not in client.get("/heroes/").headers
+    counted = client.get("/heroes/?total=true&offset=100")
+    assert counted.json() == []
+    assert counted.headers["x-total-count"] == str(len(ids))
+
+
+def test_the_last_page_has_no_link(client: httpx2.Client, ids: list[int]) -> None:
+    assert "link" not in client.get(f"/heroes/?limit={len(ids)}").headers
+    assert "link" in client.get(f"/heroes/?limit={len(ids) - 1}").headers
+    assert "link" not in client.get("/heroes/?offset=100").headers
+
+
+@given(seed=st.randoms(use_true_random=False))
+@hypothesis_settings(max_examples=20, deadline=None)
+def walk_while_others_write(client: httpx2.Client, seed: random.Random) -> None:
+    """Every hero that is there throughout, and keeps its place, is seen exactly once."""
+    sort = seed.choice(SORTS)
+    limit = seed.randint(1, 4)
+    names = ["a", "b", "c", "d"]
+    ages = [None, 0, 1, 2]
+    stay = [create(client, seed.choice(names), seed.choice(ages)) for _ in range(8)]
+    others = [create(client, seed.choice(names), seed.choice(ages)) for _ in range(8)]
+    walked: list[int] = []
+    for page in pages(client, f"/heroes/?sort={sort}&limit={limit}"):
+        walked += [hero["id"] for hero in page]
+        for _ in range(2):
+            victim = seed.choice(others)
+            match seed.randrange(3):
+                case 0:
+                    if len(others) < 12:
+                        others.append(create(client, seed.choice(names), seed.choice(ages)))
+                case 1:
+                    change = {"name": seed.choice(names), "age": seed.choice(ages)}
+                    client.patch(f"/heroes/{victim}", json=change)
+                case _:
+                    client.delete(f"/heroes/{victim}")
+    seen = [hero_id for hero_id in walked if hero_id in stay]
+    assert sorted(seen) == sorted(stay), (sort, limit)
+    for hero_id in [*stay, *others]:
+        client.delete(f"/heroes/{hero_id}")
+
+
+def test_a_walk_while_others_write_sees_what_was_there_throughout_exactly_once(
+    client: httpx2.Client,
+) -> None:
+    walk_while_others_write(client)
+
+
+def cursor(*parts: object) -> str:
+    return str(Cursor(*parts))  # type: ignore[arg-type]
+
+
+BAD = {
+    "sort=power": "sort",
+    "sort=-": "sort",
+    "sort=id,name": "sort",
+    "sort=id&sort=name": "sort",
+    "after=": "after",
+    "after=x": "after",
+    "after=%00": "after",
+    "after=" + "A" * 5000: "after",
+    "after=" + cursor("name", "Deadpond", 1): "after",
+    "sort=-name&after=" + cursor("name", "Deadpond", 1): "after",
+    "sort=name&after=" + cursor("name", "Deadpond", 1)[:-3]: "after",
+    "sort=name&after=" + cursor("name", None, 1): "after",
+    "sort=name&after=" + cursor("name", 7, 1): "after",
+    "sort=name&after=" + cursor("name", "a\0", 1): "after",
+    "sort=age&after=" + cursor("age", 2**31, 1): "after",
+    "sort=age&after=" + cursor("age", True, 1): "after",
+    "sort=age&after=" + cursor("age", "1", 1): "after",
+    "sort=age&after=" + cursor("age", 1, 2**63): "after",
+    "sort=age&after=" + cursor("age", 1, None): "after",
+    "after=" + cursor("id", 1, 2): "after",
+    "after=" + cursor("id", 1, 1) + "&offset=0": "after",
+    "age_min=2&age_max=1": "age_min",
+    "age_min=-1": "age_min",
+    "age_max=2147483648": "age_max",
+    "age_min=x": "age_min",
+    "name=": "name",
+    "name=a%00": "name",
+    "name=" + "n" * 201: "name",
+    "total=maybe": "total",
+}
+
+
+def test_a_query_that_makes_no_sense_is_422_that_says_what(client: httpx2.Client) -> None:
+    for query, parameter in BAD.items():
+        answer = client.get(f"/heroes/?{query}")
+        assert answer.status_code == 422, query
+        assert [entry["loc"] for entry in answer.json()["detail"]] == [["query", parameter]], query
+        assert all(entry["msg"] for entry in answer.json()["detail"])
+
+
+@given(st.one_of(st.text(), st.binary().map(lambda b: b.hex())), st.sampled_from(SORTS))
+def test_no_text_makes_a_cursor_that_is_anything_but_one_or_refused(text: str, sort: Sort) -> None:
+    try:
+        parsed = Cursor.parse(text, sort)
+    except ValueError:
+        return
+    assert parsed == Cursor.parse(str(parsed), sort)
+
+
+@given(
+    st.sampled_from(("name", "-name")),
+    st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    st.integers(-(2**63), 2**63 - 1),
+)
+def test_a_cursor_comes_back_as_it_was(sort: Sort, name: str, hero_id: int) -> None:
+    made = Cursor(sort, name, hero_id)
+    assert Cursor.parse(str(made), sort) == made
+    assert re.fullmatch(r"[\w-]+", str(made))
+
+
+MILLION = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def million(postgres: Postgres, migrate: Migrators) -> Iterator[Engine]:
+    """A million heroes on PostgreSQL."""
+    name = f"heroes_million_{uuid.uuid4().hex}"
+    url: URL = postgres.create(name)
+    migrate(url, "upgrade", "head")
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO hero (name, age, secret_name)"
+                " SELECT 'hero ' || i * 7919 % 999983,"
+                " CASE WHEN i % 10 > 0 THEN i * 31 % 97 END, 's'"
+                f" FROM generate_series(1::bigint, {MILLION}) AS i"
+            )
+        )
+        connection.execute(text("VACUUM ANALYZE hero"))
+    yield engine
+    engine.dispose()
+    postgres.drop(name)
+
+
+def plan_of(million: Engine, listing: Listing) -> dict[str, Any]:
+    """How PostgreSQL ran the list's own statement."""
+    ran: list[tuple[Any, Any]] = []
+    event.listen(million, "before_cursor_execute", lambda *call: ran.append((call[2], call[3])))
+    with Session(million) as session:
+        heroes.read(session, listing)
+        statement, parameters = ran[-1]
+        explain = "EXPLAIN (ANALYZE, BUFFERS, TIMING OFF, FORMAT JSON) "
+        rows = session.connection().exec_driver_sql(explain + statement, parameters).scalar_one()
+    plan: dict[str, Any] = (json.loads(rows) if isinstance(rows, str) else rows)[0]["Plan"]
+    return plan
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def buffers(plan: dict[str, Any]) -> int:
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+def positions(million: Engine, sort: Sort) -> list[Cursor | None]:
+    """The start, the hero at which page 10,000 begins, and some in between and behind."""
+    found: list[Cursor | None] = [None]
+    with Session(million) as session:
+        for offset in (100, 500_000, 899_900, 950_000, 999_800):
+            [row] = heroes.read(session, Listing(1, offset, sort))
+            found.append(Cursor(sort, getattr(row, sort.removeprefix("-")), row.id))
+    return found
+
+
+def test_every_page_of_a_million_heroes_costs_the_same_and_comes_from_an_index(
+    million: Engine, figures: list[str]
+) -> None:
+    for sort in SORTS:
+        cost = []
+        for after in positions(million, sort):
+            plan = plan_of(million, Listing(101, 0, sort, after))
+            kinds = [node["Node Type"] for node in nodes(plan)]
+            assert "Seq Scan" not in kinds, (sort, after)
+            assert any("Index" in kind for kind in kinds)
+            cost.append(buffers(plan))
+        # A page of 101 scattered rows is a hundred-odd blocks; a walk to it would be thousands.
+        assert max(cost) < 450, (sort, cost)
+        figures.append(f"a page of a million by {sort}: {min(cost)} to {max(cost)} blocks")
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"name": "hero 77"},
+        {"age_min": 96},
+        {"age_max": 0},
+        {"age_min": 50, "age_max": 50},
+        {"name": "hero 77", "age_min": 5, "age_max": 90},
+    ],
+    ids=str,
+)
+def test_every_filter_of_a_million_heroes_is_served_by_an_index(
+    million: Engine, filters: dict[str, Any]
+) -> None:
+    for sort in SORTS:
+        plan = plan_of(million, Listing(101, 0, sort, **filters))
+        kinds = [node["Node Type"] for node in nodes(plan)]
+        assert not any("Seq Scan" in kind for kind in kinds), (sort, kinds)
+        assert any("Index" in kind for kind in kinds)
+
+
+def test_there_are_as_many_orders_as_the_design_says() -> None:
+    keys = itertools.product(("", "-"), ("id", "name", "age"))
+    assert sorted(SORTS) == sorted("".join(key) for key in keys)
