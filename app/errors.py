@@ -9,6 +9,10 @@ class HeroChanged(Exception):
     """The hero is not at the version that the client knows."""
 
 
+class KeyReused(Exception):
+    """The idempotency key was used with another body."""
+
+
 class NotAuthenticated(Exception):
     """A write came without a token, or with one that is not among `API_TOKENS`."""
 

@@ -1,9 +1,10 @@
 """The tutorial's models, with the bounds that a service on the open network needs."""
 
+from datetime import datetime
 from typing import Annotated
 
 from pydantic import StringConstraints
-from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, String
+from sqlalchemy import BigInteger, CheckConstraint, DateTime, Index, Integer, String
 from sqlmodel import Field, SQLModel
 
 INT4_MAX = 2**31 - 1
@@ -56,6 +57,18 @@ class Hero(HeroBase, table=True):
     # How often the row was written. It has a default in the database for those who do not know it:
     # the release before, and the tutorial's own code.
     version: int = Field(default=1, sa_column_kwargs={"server_default": "1"})
+
+
+class IdempotencyKey(SQLModel, table=True):
+    """A row of the table `idempotency_key`: a create that has been made, for its retries."""
+
+    __tablename__ = "idempotency_key"
+
+    key: str = Field(primary_key=True)
+    fingerprint: str
+    # Null only within the transaction that claims the key.
+    answer: str | None = None
+    created_at: datetime = Field(index=True, sa_type=DateTime(timezone=True))
 
 
 class HeroPublic(HeroBase):

@@ -6,11 +6,11 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import etags, heroes
+from app import etags, heroes, idempotency
 from app.api.dependencies import DatabaseDep, HeroId, each_query_parameter_once
 from app.api.problems import invalid
 from app.database import Database
-from app.errors import HeroChanged, HeroNotFound
+from app.errors import HeroChanged, HeroNotFound, KeyReused
 from app.heroes import HeroRow, Listing
 from app.models import INT4_MAX, INT8_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
 from app.pages import Cursor, Sort
@@ -39,9 +39,31 @@ def _one(row: HeroRow, **headers: str) -> JSONResponse:
 # Each path with and without the slash at its end, without a redirect; the first is the documented.
 @writes.post("/", response_model=HeroPublic)
 @writes.post("", include_in_schema=False)
-async def create_hero(request: Request, hero: HeroCreate, database: DatabaseDep) -> JSONResponse:
-    row = await database.statement(heroes.create, hero)
-    return _one(row, Location=f"{request.scope['root_path']}/heroes/{row.id}")
+async def create_hero(
+    request: Request,
+    hero: HeroCreate,
+    database: DatabaseDep,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="A create with the same key and body is made once, for 24 hours",
+        ),
+    ] = None,
+) -> JSONResponse:
+    headers = {}
+    if idempotency_key is None:
+        row = await database.statement(heroes.create, hero)
+    else:
+        try:
+            row, replayed = await database.transaction(idempotency.create, idempotency_key, hero)
+        except KeyReused:
+            raise invalid("header", "idempotency-key", "Was used with another body") from None
+        if replayed:
+            headers["Idempotency-Replayed"] = "true"
+    return _one(row, Location=f"{request.scope['root_path']}/heroes/{row.id}", **headers)
 
 
 @reads.get("/", response_model=list[HeroPublic], dependencies=[Depends(each_query_parameter_once)])
@@ -105,7 +127,7 @@ async def read_hero(
         try:
             known = etags.matches(if_none_match, row.version)
         except ValueError as error:
-            raise invalid("header", "If-None-Match", str(error)) from None
+            raise invalid("header", "if-none-match", str(error)) from None
         if known:
             return Response(status_code=304, headers={"ETag": etags.of_version(row.version)})
     return _one(row)
@@ -134,7 +156,7 @@ def _versions(if_match: str | None) -> frozenset[int] | None:
     try:
         return None if if_match is None else etags.versions(if_match)
     except ValueError as error:
-        raise invalid("header", "If-Match", str(error)) from None
+        raise invalid("header", "if-match", str(error)) from None
 
 
 async def _why_not(database: Database, hero_id: int, if_match: str | None) -> Exception:

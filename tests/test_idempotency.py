@@ -1,0 +1,137 @@
+"""A create with an `Idempotency-Key` is made once, however often it is sent."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import httpx2
+import pytest
+from sqlalchemy import DateTime, Engine, bindparam, text
+
+from tests.service import Service
+
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+
+
+def count(database: Engine, table: str = "hero") -> int:
+    with database.connect() as connection:
+        return int(connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one())
+
+
+def test_the_same_key_and_body_replay_the_first_answer_byte_for_byte(
+    client: httpx2.Client, database: Engine
+) -> None:
+    first = client.post("/heroes/", json=DEADPOND, headers=KEY)
+    client.patch(first.headers["location"], json={"name": "Changed"})
+    # The same hero in other bytes: it is the hero that counts.
+    again = client.post(
+        "/heroes",
+        content=b'{ "secret_name":"Dive Wilson", "age": null, "name":"Deadpond" }',
+        headers=KEY | {"Content-Type": "application/json"},
+    )
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert again.content == first.content
+    for header in ("etag", "location", "content-type"):
+        assert again.headers[header] == first.headers[header]
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    assert count(database) == 1
+
+
+def test_the_same_key_and_another_body_is_422(client: httpx2.Client, database: Engine) -> None:
+    client.post("/heroes/", json=DEADPOND, headers=KEY)
+    for change in ({"name": "X"}, {"secret_name": "X"}, {"age": 1}):
+        refused = client.post("/heroes/", json=DEADPOND | change, headers=KEY)
+        assert refused.status_code == 422
+        assert refused.json()["detail"] == [
+            {
+                "type": "value_error",
+                "loc": ["header", "idempotency-key"],
+                "msg": "Was used with another body",
+            }
+        ]
+    assert count(database) == 1
+
+
+def test_other_keys_and_none_are_creates_of_their_own(
+    client: httpx2.Client, database: Engine
+) -> None:
+    for headers in ({}, {}, KEY, {"Idempotency-Key": "x"}, {"Idempotency-Key": "X"}):
+        assert client.post("/heroes/", json=DEADPOND, headers=headers).status_code == 200
+    assert count(database) == 5
+
+
+def test_twenty_at_once_with_one_key_make_one_hero_and_answer_alike(
+    service: Service, database: Engine
+) -> None:
+    def send(_: int) -> tuple[int, bytes, str, bool]:
+        with service.client() as client:
+            answer = client.post("/heroes/", json=DEADPOND, headers=KEY)
+            replayed = "idempotency-replayed" in answer.headers
+            return answer.status_code, answer.content, answer.headers["etag"], replayed
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(send, range(20)))
+    assert len({answer[:3] for answer in answers}) == 1
+    assert answers[0][0] == 200
+    assert sum(not replayed for *_, replayed in answers) == 1
+    assert count(database) == 1
+
+
+def test_a_create_that_fails_leaves_its_key_unused(client: httpx2.Client, database: Engine) -> None:
+    """The key is claimed and the hero inserted in one transaction."""
+    with database.connect() as connection:
+        connection.execute(text("ALTER TABLE hero RENAME TO villain"))
+    assert client.post("/heroes/", json=DEADPOND, headers=KEY).status_code == 503
+    with database.connect() as connection:
+        connection.execute(text("ALTER TABLE villain RENAME TO hero"))
+    assert count(database, "idempotency_key") == 0
+    created = client.post("/heroes/", json=DEADPOND, headers=KEY)
+    assert created.status_code == 200
+    assert "idempotency-replayed" not in created.headers
+
+
+def test_a_key_is_free_again_after_24_hours_and_old_ones_are_pruned(
+    client: httpx2.Client, database: Engine
+) -> None:
+    for number in range(30):
+        client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": f"old-{number}"})
+    client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "young"})
+    age = text("UPDATE idempotency_key SET created_at = :then WHERE key LIKE :keys").bindparams(
+        bindparam("then", type_=DateTime(timezone=True))
+    )
+    with database.connect() as connection:
+        now = datetime.now(UTC)
+        old = {"then": now - timedelta(hours=24, seconds=5), "keys": "old-%"}
+        young = {"then": now - timedelta(hours=24) + timedelta(minutes=1), "keys": "young"}
+        connection.execute(age, old)
+        connection.execute(age, young)
+
+    again = client.post(
+        "/heroes/", json={**DEADPOND, "age": 9}, headers={"Idempotency-Key": "old-0"}
+    )
+    assert again.status_code == 200
+    assert "idempotency-replayed" not in again.headers
+    for number in range(3):
+        client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": f"new-{number}"})
+    replayed = client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "young"})
+    assert replayed.headers["idempotency-replayed"] == "true"
+    assert count(database, "idempotency_key") == 5
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "a\tb", "é"])
+def test_a_key_of_other_than_1_to_255_visible_characters_is_422(
+    client: httpx2.Client, database: Engine, key: str
+) -> None:
+    headers = {b"Idempotency-Key": key.encode("latin-1")}
+    refused = client.post("/heroes/", json=DEADPOND, headers=headers)
+    assert refused.status_code == 422
+    assert refused.json()["detail"][0]["loc"] == ["header", "idempotency-key"]
+    assert count(database) == 0
+
+
+def test_a_key_of_255_visible_characters_is_fine(client: httpx2.Client) -> None:
+    headers = {"Idempotency-Key": "!~" * 127 + "x"}
+    assert client.post("/heroes/", json=DEADPOND, headers=headers).status_code == 200
+    again = client.post("/heroes/", json=DEADPOND, headers=headers)
+    assert again.headers["idempotency-replayed"] == "true"
