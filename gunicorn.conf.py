@@ -18,8 +18,8 @@ wsgi_app = "app.main:app"
 worker_class = "app.server.Worker"
 workers = settings.web_concurrency
 
-# The longest that a worker's event loop may stand still before it is taken for dead. It is no limit
-# of a request's time: DATABASE_TIMEOUT is.
+# The longest that a worker's event loop may stand still before it is taken for dead: it says each
+# second that it is not. It is no limit of a request's time: DATABASE_TIMEOUT is.
 timeout = 30
 
 # How long an idle connection is kept. Longer than most clients think between two requests, short
@@ -41,10 +41,11 @@ logconfig_dict = logs.configuration(settings.log_level, settings.log_format)
 
 # The files through which all workers' metrics come together. Of this master alone: after a roll the
 # new one begins anew, as after any restart.
-if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(
-        prefix="heroes-metrics-", dir=worker_tmp_dir
-    )
+_own = f"heroes-metrics-{os.getpid()}-"
+_metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR", worker_tmp_dir)
+if not os.path.basename(_metrics or "").startswith(_own):  # noqa: PTH119  (read again by HUP)
+    _metrics = tempfile.mkdtemp(prefix=_own, dir=_metrics)
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
 
 
 def post_worker_init(worker):  # noqa: ANN001
@@ -70,4 +71,4 @@ def child_exit(server, worker):  # noqa: ANN001, ARG001
 
 
 def on_exit(server):  # noqa: ANN001, ARG001
-    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    shutil.rmtree(_metrics, ignore_errors=True)

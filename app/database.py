@@ -4,6 +4,7 @@ import asyncio
 import math
 import select
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -57,12 +58,13 @@ class Database:
     """Runs plain synchronous functions over a `Session`, in autocommit or in a transaction.
 
     Connections are made when they are first needed, so that a database that is away when the
-    service starts is no reason not to start. Every unit of work ends within `timeout` seconds:
-    the wait for a connection, then for locks, then for the statements. Its work is committed
-    before its result is returned.
+    service starts is no reason not to start. Every unit of work is answered within `timeout`
+    seconds: the wait for a connection, then for locks, then for the statements. Its work is
+    committed before its result is returned.
 
-    On PostgreSQL a unit runs in one greenlet on the event loop (one switch in, one out); on SQLite
-    it runs in a worker thread.
+    On PostgreSQL a unit runs in one greenlet on the event loop (one switch in, one out), and past
+    its time it is cancelled. On SQLite it runs in a worker thread, which cannot be cancelled: past
+    its time it does not begin and waits for no lock, but a commit that is under way is made.
     """
 
     def __init__(self, url: URL, *, pool_size: int, timeout: float) -> None:
@@ -104,7 +106,8 @@ class Database:
     ) -> T:
         """Runs `work(session, ...)` between BEGIN and COMMIT, or ROLLBACK when it raises.
 
-        Raises `DatabaseTimeout`, or what SQLAlchemy or `work` raises; then nothing was written.
+        Raises `DatabaseTimeout`, or what SQLAlchemy or `work` raises. Nothing was written then, but
+        for a COMMIT of which the answer did not come in time.
         """
         return await self._within_timeout(self._in_transaction, work, *args, **kwargs)
 
@@ -131,7 +134,8 @@ class Database:
             # At the time the statement is cancelled on the server too. A server that does not
             # answer even that gets no more patience: its connection is given up.
             async with asyncio.timeout(self._timeout + 0.5), asyncio.timeout(self._timeout):
-                result: T = await self._spawn(run, *args, **kwargs)
+                deadline = time.monotonic() + self._timeout
+                result: T = await self._spawn(run, deadline, *args, **kwargs)
                 return result
         except (TimeoutError, PoolTimeout) as error:
             metrics.database_errors.labels("timeout").inc()
@@ -139,12 +143,28 @@ class Database:
         finally:
             self._units -= 1
 
-    def _autocommit(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def _autocommit(self, deadline: float, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         with Session(self.engine) as session:
+            self._bound_by(session, deadline)
             return work(session, *args, **kwargs)
 
-    def _in_transaction(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def _bound_by(self, session: Session, deadline: float) -> None:
+        """Leaves SQLite's unit, which nobody can cancel, no more than its time."""
+        if self._async_engine:
+            return
+        driver = session.connection().connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)  # noqa: S101
+        # A little less, or a lock that is free at the last moment would be taken for nobody.
+        left = deadline - time.monotonic() - 0.05
+        if left <= 0:
+            raise TimeoutError
+        driver.execute(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
+
+    def _in_transaction(
+        self, deadline: float, work: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
         with Session(self.engine) as session:
+            self._bound_by(session, deadline)
             # The driver's connection is in autocommit; SQLAlchemy's commit and rollback end this.
             session.connection().exec_driver_sql(self._begin)
             result = work(session, *args, **kwargs)

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 LOCK_TIMEOUT = "500ms"
 # A statement that runs longer is one that should have been done another way.
 STATEMENT_TIMEOUT = "15min"
-# For other migrators, and for locks by trying again and again.
+# The seconds in which a lock is tried for, again and again, and in which another migrator may work.
 PATIENCE = 600
+OTHER_MIGRATOR = 3600
 # An arbitrary number, which only has to be this project's own.
 _ADVISORY_LOCK = 7_452_308_671
 
@@ -41,19 +42,19 @@ def engine(url: URL) -> Engine:
         return _sqlite(url)
     # By options and not by SET, which would begin a transaction that alembic then takes for its
     # caller's, and never commits.
-    options = (
-        f"-c lock_timeout={LOCK_TIMEOUT} -c statement_timeout={STATEMENT_TIMEOUT}"
-        # What a migrator that was killed left running ends soon.
-        " -c client_connection_check_interval=1s"
-    )
+    options = [
+        *([str(url.query["options"])] if "options" in url.query else []),
+        f"-c lock_timeout={LOCK_TIMEOUT} -c statement_timeout={STATEMENT_TIMEOUT}",
+        # A migrator that was killed, was stopped, or whose host is gone must not hold its locks.
+        "-c client_connection_check_interval=1s -c idle_in_transaction_session_timeout=10s",
+        "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
+    ]
+    defaults = {"application_name": "heroes migration", "connect_timeout": 10}
     return create_engine(
         url,
         poolclass=pool.NullPool,
-        connect_args={
-            "application_name": "heroes migration",
-            "connect_timeout": 10,
-            "options": options,
-        },
+        connect_args={name: value for name, value in defaults.items() if name not in url.query}
+        | {"options": " ".join(options)},
     )
 
 
@@ -82,7 +83,7 @@ def use_write_ahead_log(engine: Engine) -> None:
 def only_migrator(engine: Engine) -> Iterator[None]:
     """Holds off other migrators, on all hosts, for the length of the block.
 
-    Raises `CommandError` when another one is at work for longer than `PATIENCE` seconds. SQLite
+    Raises `CommandError` when another one is at work for over `OTHER_MIGRATOR` seconds. SQLite
     needs none of this: its transaction is the whole upgrade and has the write lock.
     """
     if engine.dialect.name != "postgresql":
@@ -91,12 +92,14 @@ def only_migrator(engine: Engine) -> Iterator[None]:
     # On a connection of its own, and by polling: a migrator that waited inside of a statement would
     # hold a snapshot, which CREATE INDEX CONCURRENTLY of the one at work waits for in turn.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + OTHER_MIGRATOR
         lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=_ADVISORY_LOCK)
         told = False
         while not connection.scalar(lock):
             if time.monotonic() > deadline:
-                raise CommandError(f"Another migrator was at work for over {PATIENCE} seconds")
+                raise CommandError(
+                    f"Another migrator was at work for over {OTHER_MIGRATOR} seconds"
+                )
             if not told:
                 logger.info("Another migrator is at work: waiting for it")
                 told = True
@@ -136,8 +139,7 @@ def create_index(name: str, table: str, columns: list[str], *, unique: bool = Fa
         op.create_index(name, table, columns, unique=unique, if_not_exists=True)
         return
     with context.autocommit_block():
-        # It waits for transactions that are older than itself, and nobody waits for it.
-        op.execute("SET lock_timeout = 0")
+        _without_timeouts()
         if _is_valid(name) is False:
             logger.warning(
                 "The index %s is invalid, its build was cut short: building it anew", name
@@ -146,7 +148,7 @@ def create_index(name: str, table: str, columns: list[str], *, unique: bool = Fa
         op.create_index(
             name, table, columns, unique=unique, if_not_exists=True, postgresql_concurrently=True
         )
-        op.execute("RESET lock_timeout")
+        _with_timeouts()
         if _is_valid(name) is False:
             raise CommandError(f"The index {name} is invalid")
 
@@ -158,9 +160,20 @@ def drop_index(name: str, table: str) -> None:
         op.drop_index(name, table, if_exists=True)
         return
     with context.autocommit_block():
-        op.execute("SET lock_timeout = 0")
+        _without_timeouts()
         op.drop_index(name, table, if_exists=True, postgresql_concurrently=True)
-        op.execute("RESET lock_timeout")
+        _with_timeouts()
+
+
+def _without_timeouts() -> None:
+    """For what waits for all older transactions and reads the whole table, and nobody waits for."""
+    op.execute("SET lock_timeout = 0")
+    op.execute("SET statement_timeout = 0")
+
+
+def _with_timeouts() -> None:
+    op.execute("RESET lock_timeout")
+    op.execute("RESET statement_timeout")
 
 
 def _is_valid(index: str) -> bool | None:
@@ -186,6 +199,7 @@ def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> Non
         if not _has_constraint(table, name):
             op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition}) NOT VALID")
     with op.get_context().autocommit_block():
+        op.execute("SET statement_timeout = 0")
         for name, condition in checks.items():
             try:
                 op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
@@ -193,6 +207,7 @@ def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> Non
                 if sqlstate(error.orig) != _CHECK_VIOLATION:
                     raise
                 _name_rows(table, name, condition, key)
+        op.execute("RESET statement_timeout")
 
 
 def _add_checks_to_sqlite(table: str, checks: Mapping[str, str], key: str) -> None:

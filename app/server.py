@@ -1,10 +1,10 @@
 """The gunicorn worker: uvicorn's, which bounds what a client may do and drains before it stops."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import sys
+import time
 from asyncio import TimerHandle
 from collections.abc import Sequence
 from typing import Any
@@ -35,56 +35,72 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, for clients that mean harm.
 
     A request's head (the request line and the header fields) over `HEAD_BYTES` or `HEAD_FIELDS` is
-    refused with 431 (RFC 6585), before more of it is kept. A connection that is silent or slow for
-    `PATIENCE` seconds is closed: before its first request, while it sends one, and while it does
-    not read the answer. Between requests uvicorn's own keep-alive timeout holds.
+    refused with 431 (RFC 6585), before more of it is kept; so is as much between the parts of a
+    chunked body or behind it, where the fields are not kept at all. A connection that is silent or
+    slow for `PATIENCE` seconds is closed: before its first request, while it sends one, and while
+    it does not read the answer. Between requests uvicorn's own keep-alive timeout holds.
     """
 
-    _head_bytes = 0
+    # Bytes that came since the request began or the last part of its body, and were no body.
+    _overhead = 0
     _head_complete = False
     _reading = True  # Until the first request has come, the connection owes one.
+    _refused = False
     _progress = 0
     _slow: TimerHandle | None = None
     _unread: TimerHandle | None = None
+    _unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._slow = self.loop.call_later(PATIENCE, self._close_if_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_slow()
-        self._cancel_unread()
+        for timer in (self._slow, self._unread):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
         self._progress += len(data)
-        was_reading_head = self._reading and not self._head_complete
+        self._overhead += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
-        if self._reading and not self._head_complete:
-            # All of the data was head, but for what may have gone before it in this one read.
-            self._head_bytes += len(data) if was_reading_head else 0
-            if self._head_bytes > HEAD_BYTES:
-                self._refuse(431, "The request's head is too large")
-        if not self._reading:
-            self._cancel_slow()
-        elif self._slow is None:
+        if self._reading and self._overhead > HEAD_BYTES:
+            self._refuse(431, "The request's head is too large")
+        elif self._reading and self._slow is None:
             self._progress = 0
             self._slow = self.loop.call_later(PATIENCE, self._close_if_slow)
+        elif not self._reading and self._slow:
+            self._slow.cancel()
+            self._slow = None
+        if not self._reading and self.cycle.response_complete and not self.timeout_keep_alive_task:
+            # Empty lines before a request, which end uvicorn's timer and begin nothing.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._reading, self._head_complete, self._head_bytes = True, False, 0
+        self._reading, self._head_complete, self._overhead = True, False, 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_complete:  # Behind the body they are trailers, which nobody asked for.
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_complete = True
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head > HEAD_BYTES or len(self.headers) > HEAD_FIELDS:
             raise _HeadTooLarge
+        self._head_complete = True
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._overhead = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -98,15 +114,24 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._refuse(400, msg)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_unread()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_unread()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_unread()
+        self._unread_bytes = sys.maxsize  # The client reads.
 
     def _refuse(self, status: int, detail: str) -> None:
+        self._refused = True
+        if not self._head_complete and self.cycle and not self.cycle.response_complete:
+            # It came behind a good request: that one is answered, and the connection closed.
+            self.cycle.keep_alive = False
+            return
         body = json.dumps({"detail": detail}).encode()
         fields = [
             *self.server_state.default_headers,
@@ -117,37 +142,29 @@ class BoundedProtocol(HttpToolsProtocol):
         head = b"".join(name + b": " + value + b"\r\n" for name, value in fields)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
         self.transport.close()
+        self._watch_unread()
 
     def _close_if_slow(self) -> None:
         self._slow = None
         if self._head_complete and (self.flow.read_paused or self._progress >= PROGRESS_BYTES):
             self._progress = 0
             self._slow = self.loop.call_later(PATIENCE, self._close_if_slow)
-        elif not self.transport.is_closing():
+        else:
             # Without an answer: to a silent client none is due, and a slow one has not asked yet.
             self.transport.abort()
 
-    def _cancel_slow(self) -> None:
-        if self._slow:
-            self._slow.cancel()
-            self._slow = None
-
     def _watch_unread(self) -> None:
-        before = self.transport.get_write_buffer_size()
+        """Sees to it that what was written is read, also by a connection that is closing."""
+        if self._unread is None and (waiting := self.transport.get_write_buffer_size()):
+            self._unread_bytes = waiting
+            self._unread = self.loop.call_later(PATIENCE, self._close_if_unread)
 
-        def close_if_unread() -> None:
-            if before - self.transport.get_write_buffer_size() < PROGRESS_BYTES:
-                self.transport.abort()
-            else:
-                self._watch_unread()
-
-        self._cancel_unread()
-        self._unread = self.loop.call_later(PATIENCE, close_if_unread)
-
-    def _cancel_unread(self) -> None:
-        if self._unread:
-            self._unread.cancel()
-            self._unread = None
+    def _close_if_unread(self) -> None:
+        self._unread = None
+        if self.transport.get_write_buffer_size() > self._unread_bytes - PROGRESS_BYTES:
+            self.transport.abort()
+        else:
+            self._watch_unread()
 
 
 class DrainingServer(Server):
@@ -155,9 +172,11 @@ class DrainingServer(Server):
 
     uvicorn closes idle keep-alive connections at once, also those on which a request is on its way.
     This one first takes no new connections (other workers have the same listeners), says
-    `connection: close` with each answer, and waits until the connections are gone or the keep-alive
-    timeout has passed, after which no well-behaved client sends on them.
+    `connection: close` with each answer, and waits until the connections are gone: a well-behaved
+    client closes its own, or sends no request for the keep-alive timeout, which then closes it.
     """
+
+    drain_seconds: float = 25
 
     async def shutdown(self, sockets: object = None) -> None:  # noqa: ARG002  (closed with the servers)
         self.lifespan.state["draining"] = True  # For /health/ready.
@@ -165,11 +184,16 @@ class DrainingServer(Server):
             server.close()
         close = (b"connection", b"close")
         self.server_state.default_headers = [*self.server_state.default_headers, close]
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle and not cycle.response_started:  # It took its headers when it began.
+                cycle.keep_alive = False
         logger.info("Draining %d connections", len(self.server_state.connections))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.timeout_keep_alive):
-                while self.server_state.connections:  # noqa: ASYNC110  (uvicorn has no event)
-                    await asyncio.sleep(0.05)
+        deadline = time.monotonic() + self.drain_seconds
+        while self.server_state.connections and time.monotonic() < deadline:
+            if self.config.callback_notify:  # Or gunicorn would take the worker for dead.
+                await self.config.callback_notify()
+            await asyncio.sleep(0.05)
         await super().shutdown()
 
 
@@ -187,14 +211,15 @@ class Worker(UvicornWorker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # gunicorn kills what is left after its own time: this worker cancels it a little before.
-        self.config.timeout_graceful_shutdown = max(
-            1, self.cfg.graceful_timeout - self.cfg.keepalive - 2
-        )
+        # The heartbeat, in seconds: by default half of what gunicorn takes for death.
+        self.config.timeout_notify = 1
+        # What has not ended when the draining has; gunicorn kills what is left a little later.
+        self.config.timeout_graceful_shutdown = 2
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
         server = DrainingServer(self.config)
+        server.drain_seconds = self.cfg.graceful_timeout - 5
         self._install_sigquit_handler()
         await server.serve(sockets=self.sockets)
         if not server.started:

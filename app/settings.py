@@ -52,7 +52,7 @@ def _tokens(value: object) -> tuple[Token, ...]:
     if not isinstance(value, str):
         return tuple(value)  # type: ignore[arg-type]
     entries = [_TOKEN.fullmatch(entry) for entry in value.replace(",", " ").split()]
-    if None in entries:
+    if None in entries or not entries:  # Blank is not unset: unset is open to everybody.
         raise ValueError("not a token entry")
     return tuple(Token(*entry.groups()) for entry in entries if entry)  # type: ignore[arg-type]
 

@@ -127,6 +127,7 @@ class Service:
     """The running app."""
 
     port: int
+    connections: set[Any]
 
     def client(self, **options: Any) -> httpx2.Client:
         return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30, **options)
@@ -160,9 +161,10 @@ class Connection:
 
 
 @contextmanager
-def serve(settings: Settings) -> Iterator[Service]:
+def serve(settings: Settings, **config: Any) -> Iterator[Service]:
     """Runs the app under uvicorn, on a port of its own, until the end of the block."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+    config = {"port": 0, "log_config": None} | config
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), **config))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
@@ -171,7 +173,8 @@ def serve(settings: Settings) -> Iterator[Service]:
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.005)
     try:
-        yield Service(server.servers[0].sockets[0].getsockname()[1])
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Service(port, server.server_state.connections)
     finally:
         server.should_exit = True
         thread.join(10)

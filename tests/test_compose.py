@@ -164,6 +164,27 @@ def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack
             assert client.get(f"/heroes/{before['id']}").json() == before
 
 
+def commands_in(section: str) -> list[str]:
+    """The commands that docs/operations.md marks as run here."""
+    operations = (ROOT / "docs" / "operations.md").read_text().split(section)[1]
+    block = re.search(r"<!-- tests/test_compose.py.*?```console\n(.*?)```", operations, re.DOTALL)
+    assert block
+    return re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
+
+
+def test_a_release_migrates_while_the_old_code_serves(stack: Stack) -> None:
+    *before, up = commands_in("### A new release")
+    assert len(before) == 2
+    with Load(stack.port, keep_alive_clients=4, fresh_clients=2).running() as load:
+        for command in before:
+            stack.run(command)
+    assert load.answered > 50
+    assert load.lost == []
+    stack.run(up)
+    with stack.client() as client:
+        assert client.get("/health/ready").status_code == 200
+
+
 def test_a_restored_backup_is_the_same_database(stack: Stack) -> None:
     operations = (ROOT / "docs" / "operations.md").read_text()
     commands = re.search(

@@ -84,6 +84,25 @@ def test_a_write_that_waits_for_a_lock_is_503_in_time_and_writes_nothing(
         assert client.post("/heroes/", json=hero).status_code == 200, "the lock was the reason"
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_write_that_was_answered_with_503_is_not_made_afterwards(
+    database_url: URL, database: Engine
+) -> None:
+    """Also not by those that waited for the one connection while it waited for the lock."""
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=0.5)
+        with another_writer(database):
+            units = (service.statement(heroes.create, HERO) for _ in range(3))
+            done = await asyncio.gather(*units, return_exceptions=True)
+            assert all(isinstance(result, Exception) for result in done)
+        await asyncio.sleep(1.5)
+        await service.close()
+
+    asyncio.run(work())
+    assert count(database) == 0
+
+
 def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> None:
     async def work() -> float:
         database = Database(database_url, pool_size=1, timeout=0.3)

@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlmodel import SQLModel
 
+from app import migrations
 from app.revisions import ALEMBIC_INI, Revisions
 from tests.schemas import schema_of
 from tests.servers import Postgres
@@ -213,6 +214,65 @@ def test_another_table_hero_is_refused_and_left_untouched(
     assert [s for s in schema_of(empty_database) if "alembic_version" not in s] == [
         s for s in before if "alembic_version" not in s
     ]
+
+
+HANGERS_ON = {
+    "a view": ("CREATE VIEW ids AS SELECT id FROM hero", "depends on id"),
+    "a foreign key": ("CREATE TABLE sidekick (hero_id int REFERENCES hero)", "depends on id"),
+    "an index": ("CREATE INDEX i ON hero (secret_name, id)", "index i depends on id"),
+    "a check": ("ALTER TABLE hero ADD CONSTRAINT c CHECK (id > 0)", "constraint c"),
+    "an identity": (
+        "ALTER TABLE hero ALTER COLUMN id DROP DEFAULT; DROP SEQUENCE hero_id_seq;"
+        " ALTER TABLE hero ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME ids)",
+        "id has not the sequence hero_id_seq",
+    ),
+}
+
+
+@postgresql_only
+@pytest.mark.parametrize("change", HANGERS_ON)
+def test_a_tutorials_table_on_whose_id_more_hangs_is_refused_at_once(
+    empty_database: URL, beside: Engine, migrate: Migrators, change: str
+) -> None:
+    tutorials_database(empty_database)
+    statements, difference = HANGERS_ON[change]
+    with beside.connect() as connection:
+        connection.execute(text(statements))
+    before = schema_of(empty_database)
+    refused = migrate(empty_database, "upgrade", "head", check=False)
+    assert refused.returncode != 0
+    assert difference in refused.output
+    assert [s for s in schema_of(empty_database) if "alembic_version" not in s] == before
+
+
+@postgresql_only
+def test_the_urls_options_are_the_migrations_too(
+    empty_database: URL, beside: Engine, migrate: Migrators
+) -> None:
+    with beside.connect() as connection:
+        connection.execute(text("CREATE SCHEMA elsewhere"))
+    url = empty_database.update_query_dict({"options": "-c search_path=elsewhere"})
+    migrate(url, "upgrade", "head")
+    assert inspect(beside).get_table_names() == []
+    assert "hero" in inspect(beside).get_table_names(schema="elsewhere")
+    with serve(settings(url)) as service, service.client() as client:
+        assert client.get("/health/ready").status_code == 200
+
+
+@postgresql_only
+def test_a_migrator_that_stands_still_loses_its_locks(empty_database: URL) -> None:
+    migrating = migrations.engine(empty_database)
+    with migrating.connect() as connection:
+        shown = {
+            name: connection.execute(text(f"SHOW {name}")).scalar_one()
+            for name in (
+                "lock_timeout",
+                "statement_timeout",
+                "idle_in_transaction_session_timeout",
+                "client_connection_check_interval",
+            )
+        }
+    assert list(shown.values()) == ["500ms", "15min", "10s", "1s"]
 
 
 def test_old_rows_that_break_a_constraint_are_kept_and_named_and_new_ones_refused(

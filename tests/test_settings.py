@@ -96,6 +96,7 @@ WRONG = {
     "an unknown format": ("LOG_FORMAT", "hunter2"),
     "no workers": ("WEB_CONCURRENCY", "0"),
     "a token without a digest": ("API_TOKENS", "hunter2"),
+    "only separators": ("API_TOKENS", " , "),
     "an unknown scope": ("API_TOKENS", f"hunter2:all:{SHA256}"),
 }
 

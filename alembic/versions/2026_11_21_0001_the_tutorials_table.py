@@ -26,6 +26,20 @@ COLUMNS = {
     "secret_name": "VARCHAR NOT NULL",
 }
 
+DEPENDANTS = sa.text(
+    """
+    SELECT pg_describe_object(classid, objid, objsubid) || ' depends on id'
+    FROM pg_depend
+    JOIN pg_attribute ON attrelid = refobjid AND attnum = refobjsubid
+    WHERE refclassid = 'pg_class'::regclass AND refobjid = to_regclass('hero') AND attname = 'id'
+      AND classid <> 'pg_attrdef'::regclass
+      AND NOT (classid = 'pg_class'::regclass AND objid = to_regclass('hero_id_seq'))
+      AND NOT (classid = 'pg_constraint'::regclass
+               AND objid IN (SELECT oid FROM pg_constraint
+                             WHERE conrelid = to_regclass('hero') AND contype IN ('p', 'n')))
+    """
+)
+
 
 def refuse_another_table() -> None:
     """Raises `CommandError` where there is a table `hero` that is not the tutorial's."""
@@ -44,6 +58,13 @@ def refuse_another_table() -> None:
     key = inspector.get_pk_constraint("hero")["constrained_columns"]
     if key != ["id"]:
         differences.append(f"the primary key is ({', '.join(key)}), not (id)")
+    if op.get_context().dialect.name == "postgresql":
+        # The later revisions put another column in the place of the id: what else hangs on it would
+        # stop them half way, or be lost.
+        serial = op.get_bind().scalar(sa.text("SELECT pg_get_serial_sequence('hero', 'id')"))
+        if serial is None or not serial.endswith("hero_id_seq"):
+            differences.append("id has not the sequence hero_id_seq")
+        differences += op.get_bind().scalars(DEPENDANTS).all()
     if differences:
         raise CommandError(f"The table hero is not the tutorial's: {'; '.join(differences)}")
 

@@ -308,6 +308,7 @@ def test_the_wait_for_another_migrator_and_for_a_lock_end(
     empty_database: URL, beside: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "PATIENCE", 1)
+    monkeypatch.setattr(migrations, "OTHER_MIGRATOR", 1)
     migrating = migrations.engine(empty_database)
     with beside.connect() as other:
         other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))

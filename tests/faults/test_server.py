@@ -1,5 +1,6 @@
 """The production server: it stops, rolls and loses workers without losing a request."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, Engine, text
 
 from app.revisions import Revisions
+from app.server import BoundedProtocol
 from tests.faults.load import Load
-from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn
+from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn, serve, settings
 
 pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
@@ -83,12 +85,15 @@ def test_the_stock_worker_loses_requests_in_the_same_rolls(
         assert load.lost != []
 
 
-def test_term_finishes_the_requests_in_flight(server: Gunicorn, database: Engine) -> None:
-    statuses: list[int] = []
+def test_term_finishes_the_requests_in_flight_and_says_close(
+    server: Gunicorn, database: Engine
+) -> None:
+    answers: list[tuple[int, str | None]] = []
 
     def create() -> None:
         with Connection(server.port) as connection:
-            statuses.append(connection.send("POST", "/heroes/", HERO, Content_Type=JSON).status)
+            answer = connection.send("POST", "/heroes/", HERO, Content_Type=JSON)
+            answers.append((answer.status, answer.headers["Connection"]))
 
     threads = [threading.Thread(target=create) for _ in range(8)]
     with database.connect() as holder:
@@ -104,7 +109,8 @@ def test_term_finishes_the_requests_in_flight(server: Gunicorn, database: Engine
         holder.execute(text("ROLLBACK"))
     for thread in threads:
         thread.join(20)
-    assert statuses == [200] * len(threads)
+    # Without the header a client would send its next request to a connection about to be closed.
+    assert answers == [(200, "close")] * len(threads)
 
 
 def test_a_draining_worker_is_not_ready_and_says_close(database_url: URL, tmp_path: Path) -> None:
@@ -210,6 +216,79 @@ def test_a_client_that_does_not_read_its_answers_is_closed(
                 closed = True
             time.sleep(0.005)
     assert closed
+
+
+def test_a_client_that_leaves_a_small_rest_unread_is_closed_too(
+    database_url: URL, database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little for the server to pause its writing, and too much for the kernel to take."""
+    monkeypatch.setattr("app.server.PATIENCE", 1)
+    rows = "SELECT repeat('x', 200), 's' FROM generate_series(1, 100)"
+    with database.connect() as connection:
+        connection.execute(text(f"INSERT INTO hero (name, secret_name) {rows}"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        config = {"http": BoundedProtocol, "timeout_keep_alive": 1, "fd": listener.fileno()}
+        with serve(settings(database_url), **config) as service, socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.connect(listener.getsockname())
+            plain.sendall(b"GET /heroes/ HTTP/1.1\r\nHost: heroes\r\n\r\n")
+            start = time.monotonic()
+            while not service.connections:
+                assert time.monotonic() < start + 5
+            while service.connections:
+                assert time.monotonic() < start + 8
+                time.sleep(0.05)
+
+
+def test_empty_lines_after_an_answer_do_not_keep_a_connection(server: Gunicorn) -> None:
+    start = time.monotonic()
+    assert sent(server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
+    assert time.monotonic() - start < 8  # The keep-alive timeout is 5 s.
+
+
+def test_trailers_behind_a_body_are_bounded(server: Gunicorn) -> None:
+    chunked = (
+        b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain:
+        plain.sendall(chunked + b"A: ")
+        taken = 0
+        with contextlib.suppress(OSError):
+            while taken < 5_000_000:
+                taken += plain.send(b"b" * 50_000)
+                time.sleep(0.005)
+    assert taken < 5_000_000
+    # A few are taken, and ignored.
+    answer = sent(server.port, chunked + b"Connection: close\r\nA: b\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 422 ")
+
+
+def test_a_bad_request_behind_a_good_one_does_not_take_its_answer(
+    server: Gunicorn, database: Engine
+) -> None:
+    post = b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
+    good = post + b"Content-Length: %d\r\n\r\n" % len(HERO) + HERO
+    answer = sent(server.port, good + HEAD + b"A: b\r\n" * 101 + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"431" not in answer.split(b"\r\n\r\n", 1)[1]
+    with database.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM hero")).scalar_one() == 1
+
+
+def test_metrics_in_a_folder_of_the_operators_outlive_a_roll(
+    database_url: URL, tmp_path: Path
+) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    with gunicorn(database_url, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
+        server.roll()
+        os.kill(server.children[0], signal.SIGKILL)
+        server.wait_for_workers(1)
+        assert server.get("/heroes/").status == 200
+        assert any(key[0] == "http_request_duration_seconds_count" for key in metrics(server))
+    assert list(folder.iterdir()) == []
 
 
 HEAD = b"GET /health/live HTTP/1.1\r\nHost: heroes\r\n"
