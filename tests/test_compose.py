@@ -186,12 +186,7 @@ def test_a_release_migrates_while_the_old_code_serves(stack: Stack) -> None:
 
 
 def test_a_restored_backup_is_the_same_database(stack: Stack) -> None:
-    operations = (ROOT / "docs" / "operations.md").read_text()
-    commands = re.search(
-        r"<!-- tests/test_compose.py.*?```console\n(.*?)```", operations, re.DOTALL
-    )
-    assert commands
-    for command in re.findall(r"^\$ (.*)$", commands[1], re.MULTILINE):
+    for command in commands_in("## Backup and restore"):
         stack.run(command)
 
     everything = "SELECT json_agg(hero ORDER BY id) FROM hero"

@@ -56,15 +56,15 @@ NONE_MATCH = {
 }
 
 
-@pytest.mark.parametrize("header", NONE_MATCH)
-def test_if_none_match(client: httpx2.Client, path: str, header: str) -> None:
-    answer = client.get(path, headers={"If-None-Match": header})
-    assert answer.status_code == NONE_MATCH[header]
-    if answer.status_code == 304:
-        assert answer.content == b""
-        assert answer.headers["etag"] == '"1"'
-    if answer.status_code == 422:
-        assert answer.json()["detail"][0]["loc"] == ["header", "if-none-match"]
+def test_if_none_match(client: httpx2.Client, path: str) -> None:
+    for header, status in NONE_MATCH.items():
+        answer = client.get(path, headers={"If-None-Match": header})
+        assert answer.status_code == status, header
+        if status == 304:
+            assert answer.content == b""
+            assert answer.headers["etag"] == '"1"'
+        if status == 422:
+            assert answer.json()["detail"][0]["loc"] == ["header", "if-none-match"]
 
 
 MATCH = {
@@ -80,16 +80,16 @@ MATCH = {
 }
 
 
-@pytest.mark.parametrize("header", MATCH)
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
-def test_if_match(client: httpx2.Client, path: str, method: str, header: str) -> None:
-    before = client.get(path)
-    answer = client.request(method, path, json={"age": 3}, headers={"If-Match": header})
-    assert answer.status_code == MATCH[header], answer.text
-    if answer.status_code != 200:
-        assert client.get(path).headers["etag"] == before.headers["etag"]
-    if answer.status_code == 412:
-        assert answer.json() == {"detail": "The hero has changed"}
+def test_if_match(client: httpx2.Client, method: str) -> None:
+    for header, status in MATCH.items():
+        path = client.post("/heroes/", json=DEADPOND).headers["location"]
+        answer = client.request(method, path, json={"age": 3}, headers={"If-Match": header})
+        assert answer.status_code == status, header
+        if status != 200:
+            assert client.get(path).headers["etag"] == '"1"'
+        if status == 412:
+            assert answer.json() == {"detail": "The hero has changed"}
 
 
 def test_an_update_without_changes_has_its_precondition_too(
