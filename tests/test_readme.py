@@ -11,15 +11,35 @@ from tests.service import ROOT, Service
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_curl_session_answers_as_printed(service: Service) -> None:
-    session = re.search(r"<!-- tests/test_readme.py.*?```console\n(.*?)```", README, re.DOTALL)
-    assert session
-    exchanges = re.findall(r"^\$ (.*)\n(.*)\n", session[1], re.MULTILINE)
-    assert len(exchanges) >= 8
-    for command, expected in exchanges:
+def exchanges(block: str) -> list[tuple[str, str]]:
+    """The commands of a console block, each with what it prints."""
+    return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+
+
+def assert_printed(service: Service, session: list[tuple[str, str]]) -> None:
+    for command, expected in session:
         command = command.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")
-        printed = subprocess.run(command, shell=True, check=True, capture_output=True, text=True)
-        assert printed.stdout == expected, command
+        printed = subprocess.run(
+            ["bash", "-c", command], check=True, capture_output=True, text=True
+        )
+        # An answer ends without a new line; the page cannot.
+        assert printed.stdout.replace("\r\n", "\n").rstrip() == expected.rstrip(), command
+
+
+def test_the_readmes_curl_session_answers_as_printed(service: Service) -> None:
+    block = re.search(r"<!-- tests/test_readme.py.*?```console\n(.*?)```", README, re.DOTALL)
+    assert block
+    session = exchanges(block[1])
+    assert len(session) >= 8
+    assert_printed(service, session)
+
+
+def test_the_api_pages_sessions_answer_as_printed(service: Service) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    blocks = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    session = [each for block in blocks for each in exchanges(block) if "openssl" not in each[0]]
+    assert len(session) >= 12
+    assert_printed(service, session)
 
 
 @pytest.mark.parametrize("field", sorted(set(Settings.model_fields) - {"telemetry"}))

@@ -6,10 +6,11 @@ import secrets
 import time
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
+from app.api.problems import respond
 from app.logs import request_id
 
 access = logging.getLogger("heroes.access")
@@ -58,7 +59,7 @@ class Observe:
             logger.exception("Unhandled exception")
             if status:  # The answer has begun: all that is left is to break it off.
                 raise
-            response = JSONResponse({"detail": "Internal Server Error"}, 500)
+            response = respond(Request(scope), 500, "Internal Server Error")
             await response(scope, receive, observed)
         finally:
             seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
 
 from app import errors
 from app.database import sqlstate
@@ -24,6 +26,7 @@ class Problem(NamedTuple):
     headers: Mapping[str, str] | None = None
 
 
+_PROBLEM_JSON = "application/problem+json"
 _SOON = MappingProxyType({"Retry-After": "1"})
 
 UNAVAILABLE = Problem(503, "The database is unavailable", _SOON)
@@ -63,6 +66,7 @@ def register(app: FastAPI) -> None:
         app.add_exception_handler(error, _known)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
 
 
 def invalid(where: str, name: str, message: str) -> RequestValidationError:
@@ -70,21 +74,31 @@ def invalid(where: str, name: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": (where, name), "msg": message}])
 
 
-def _respond(problem: Problem) -> JSONResponse:
-    headers = dict(problem.headers) if problem.headers else None
-    return JSONResponse({"detail": problem.detail}, problem.status, headers)
+def respond(
+    request: Request, status: int, detail: Any, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """FastAPI's `{"detail": ...}`, or the same as RFC 9457 where the client asks for that."""
+    headers = dict(headers) if headers else None
+    if _PROBLEM_JSON not in request.headers.get("accept", ""):
+        return JSONResponse({"detail": detail}, status, headers)
+    members = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    if isinstance(detail, str):
+        members["detail"] = detail
+    else:
+        members |= {"detail": "The request is not valid", "errors": detail}
+    return JSONResponse(members, status, headers, media_type=_PROBLEM_JSON)
 
 
-async def _known(_: Request, error: Exception) -> JSONResponse:
+async def _known(request: Request, error: Exception) -> JSONResponse:
     problem = PROBLEMS[type(error)]
     if problem is BEHIND:
         logger.warning("%s: %s", problem.detail, error)
     elif problem.status >= 500:
         logger.warning(problem.detail)
-    return _respond(problem)
+    return respond(request, *problem)
 
 
-async def _database(_: Request, error: Any) -> JSONResponse:
+async def _database(request: Request, error: Any) -> JSONResponse:
     state = sqlstate(error.orig)
     problem = SQLSTATES.get(state) or SQLSTATES.get(state and state[:2])
     if problem is None:
@@ -93,11 +107,15 @@ async def _database(_: Request, error: Any) -> JSONResponse:
     diagnostics = getattr(error.orig, "diag", None)
     reason = getattr(diagnostics, "message_primary", None) or str(error.orig)
     logger.warning("%s: %s", problem.detail, reason, extra={"sqlstate": state})
-    return _respond(problem)
+    return respond(request, *problem)
 
 
-async def _invalid(_: Request, error: Any) -> JSONResponse:
+async def _invalid(request: Request, error: Any) -> JSONResponse:
     # Without `input` and `ctx`, which repeat what was sent: a secret name, or a NaN that JSON
     # cannot encode.
     detail = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in error.errors()]
-    return JSONResponse({"detail": detail}, 422)
+    return respond(request, 422, detail)
+
+
+async def _http(request: Request, error: Any) -> JSONResponse:
+    return respond(request, error.status_code, error.detail, error.headers)
