@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,8 @@ from sqlalchemy import URL, Engine, text
 from app.revisions import Revisions
 from app.server import BoundedProtocol
 from tests.faults.load import Load
+from tests.servers import Postgres
 from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn, serve, settings
-
-pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
 JSON = "application/json"
 HERO = b'{"name": "Deadpond", "secret_name": "Dive Wilson"}'
@@ -29,9 +29,26 @@ HEAD_REVISION = Revisions.of_the_code().head
 
 
 @pytest.fixture
+def backend() -> str:
+    return "postgresql"
+
+
+@pytest.fixture
 def server(database_url: URL, tmp_path: Path) -> Iterator[Gunicorn]:
     with gunicorn(database_url, tmp_path) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def standing_server(
+    postgres: Postgres, templates: dict[str, URL], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gunicorn]:
+    """One for all tests that leave it as it was."""
+    name = f"heroes_server_{uuid.uuid4().hex}"
+    url = postgres.create(name, str(templates["postgresql"].database))
+    with gunicorn(url, tmp_path_factory.mktemp("server")) as server:
+        yield server
+    postgres.drop(name)
 
 
 def sent(port: int, data: bytes) -> bytes:
@@ -159,19 +176,19 @@ def test_broken_new_code_leaves_the_old_serving(database_url: URL, tmp_path: Pat
         assert load.lost == []
 
 
-def test_slow_connections_are_closed_while_others_are_served(server: Gunicorn) -> None:
+def test_slow_connections_are_closed_while_others_are_served(standing_server: Gunicorn) -> None:
     """Silent from the start, and a byte each half second in the head and in the body."""
     head = b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Length: 60000\r\n"
     begun = [b"", head, head + b"\r\n"]
     start = time.monotonic()
     slow = {}
     for number in range(200):
-        plain = socket.create_connection(("127.0.0.1", server.port))
+        plain = socket.create_connection(("127.0.0.1", standing_server.port))
         plain.sendall(begun[number % len(begun)])
         plain.setblocking(False)
         slow[plain] = bool(begun[number % len(begun)])
     early = 0
-    with Load(server.port, keep_alive_clients=4, fresh_clients=2).running() as load:
+    with Load(standing_server.port, keep_alive_clients=4, fresh_clients=2).running() as load:
         while slow and time.monotonic() - start < 12:
             time.sleep(0.5)
             for plain, drips in list(slow.items()):
@@ -241,18 +258,18 @@ def test_a_client_that_leaves_a_small_rest_unread_is_closed_too(
                 time.sleep(0.05)
 
 
-def test_empty_lines_after_an_answer_do_not_keep_a_connection(server: Gunicorn) -> None:
+def test_empty_lines_after_an_answer_do_not_keep_a_connection(standing_server: Gunicorn) -> None:
     start = time.monotonic()
-    assert sent(server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
+    assert sent(standing_server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
     assert time.monotonic() - start < 8  # The keep-alive timeout is 5 s.
 
 
-def test_trailers_behind_a_body_are_bounded(server: Gunicorn) -> None:
+def test_trailers_behind_a_body_are_bounded(standing_server: Gunicorn) -> None:
     chunked = (
         b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain:
+    with socket.create_connection(("127.0.0.1", standing_server.port), timeout=10) as plain:
         plain.sendall(chunked + b"A: ")
         taken = 0
         with contextlib.suppress(OSError):
@@ -261,7 +278,7 @@ def test_trailers_behind_a_body_are_bounded(server: Gunicorn) -> None:
                 time.sleep(0.005)
     assert taken < 5_000_000
     # A few are taken, and ignored.
-    answer = sent(server.port, chunked + b"Connection: close\r\nA: b\r\n\r\n")
+    answer = sent(standing_server.port, chunked + b"Connection: close\r\nA: b\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 422 ")
 
 
@@ -303,10 +320,12 @@ HEAD = b"GET /health/live HTTP/1.1\r\nHost: heroes\r\n"
     ],
     ids=["101 fields", "a field of 33 KB", "a target of 33 KB"],
 )
-def test_a_head_that_is_too_large_is_refused_with_431(server: Gunicorn, head: bytes) -> None:
+def test_a_head_that_is_too_large_is_refused_with_431(
+    standing_server: Gunicorn, head: bytes
+) -> None:
     # Once in one piece and once in two, which are refused in different places.
-    assert sent(server.port, head + b"\r\n").startswith(b"HTTP/1.1 431 ")
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+    assert sent(standing_server.port, head + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    with socket.create_connection(("127.0.0.1", standing_server.port), timeout=20) as plain:
         plain.sendall(head[:-10])
         time.sleep(0.2)
         plain.sendall(head[-10:] + b"\r\n")
@@ -315,29 +334,32 @@ def test_a_head_that_is_too_large_is_refused_with_431(server: Gunicorn, head: by
     assert json.loads(answer.split(b"\r\n\r\n")[1]) == {"detail": "The request's head is too large"}
 
 
-def test_a_head_within_its_bounds_is_served(server: Gunicorn) -> None:
+def test_a_head_within_its_bounds_is_served(standing_server: Gunicorn) -> None:
     close = b"Connection: close\r\n\r\n"
     for fields in (b"A: b\r\n" * 98, b"A: " + b"b" * 31_000 + b"\r\n"):
-        assert sent(server.port, HEAD + fields + close).startswith(b"HTTP/1.1 200 ")
+        assert sent(standing_server.port, HEAD + fields + close).startswith(b"HTTP/1.1 200 ")
 
 
-def test_what_is_not_http_is_refused_with_400(server: Gunicorn) -> None:
-    answer = sent(server.port, b"\x16\x03\x01 hello\r\n\r\n")
+def test_what_is_not_http_is_refused_with_400(standing_server: Gunicorn) -> None:
+    answer = sent(standing_server.port, b"\x16\x03\x01 hello\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert json.loads(answer.split(b"\r\n\r\n")[1]) == {"detail": "Invalid HTTP request received."}
 
 
-def test_a_head_of_20_mb_is_refused_with_memory_flat(server: Gunicorn) -> None:
+def test_a_head_of_20_mb_is_refused_with_memory_flat(standing_server: Gunicorn) -> None:
     def resident() -> int:
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in server.children]
+        pages = [
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            for pid in standing_server.children
+        ]
         return sum(pages) * 4096
 
-    sent(server.port, HEAD + b"Connection: close\r\n\r\n")
+    sent(standing_server.port, HEAD + b"Connection: close\r\n\r\n")
     before = resident()
     for _ in range(5):
-        sent(server.port, HEAD + b"A: " + b"b" * 20_000_000 + b"\r\n\r\n")
+        sent(standing_server.port, HEAD + b"A: " + b"b" * 20_000_000 + b"\r\n\r\n")
     assert resident() - before < 4_000_000
-    assert server.get("/heroes/").status == 200
+    assert standing_server.get("/heroes/").status == 200
 
 
 def test_metrics_are_of_all_workers_and_clients_cannot_make_them_grow(server: Gunicorn) -> None:
