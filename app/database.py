@@ -111,6 +111,16 @@ class Database:
         """
         return await self._within_timeout(self._in_transaction, work, *args, **kwargs)
 
+    async def long_transaction(
+        self,
+        seconds: float,
+        work: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """As `transaction`, for work that may take `seconds` instead of `timeout`."""
+        return await self._within(seconds, self._in_long_transaction, work, *args, **kwargs)
+
     async def close(self) -> None:
         """Closes the connections that are not in use."""
         if self._async_engine:
@@ -129,12 +139,15 @@ class Database:
         return max(0, self._units - self.in_use)
 
     async def _within_timeout(self, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return await self._within(self._timeout, run, *args, **kwargs)
+
+    async def _within(self, seconds: float, run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         self._units += 1
         try:
             # At the time the statement is cancelled on the server too. A server that does not
             # answer even that gets no more patience: its connection is given up.
-            async with asyncio.timeout(self._timeout + 0.5), asyncio.timeout(self._timeout):
-                deadline = time.monotonic() + self._timeout
+            async with asyncio.timeout(seconds + 0.5), asyncio.timeout(seconds):
+                deadline = time.monotonic() + seconds
                 result: T = await self._spawn(run, deadline, *args, **kwargs)
                 return result
         except (TimeoutError, PoolTimeout) as error:
@@ -170,6 +183,17 @@ class Database:
             result = work(session, *args, **kwargs)
             session.commit()
             return result
+
+    def _in_long_transaction(
+        self, deadline: float, work: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
+        def with_time(session: Session) -> T:
+            if self._async_engine:
+                left = math.ceil((deadline - time.monotonic()) * 1000)
+                session.connection().exec_driver_sql(f"SET LOCAL statement_timeout = {left}")
+            return work(session, *args, **kwargs)
+
+        return self._in_transaction(deadline, with_time)
 
 
 def _sqlite(url: URL, pool_size: int, timeout: float) -> Engine:

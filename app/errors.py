@@ -1,5 +1,7 @@
 """What can go wrong, one small class each; `app.api.problems` says how each is answered."""
 
+from typing import NamedTuple
+
 
 class HeroNotFound(Exception):
     """There is no hero with this id."""
@@ -11,6 +13,27 @@ class HeroChanged(Exception):
 
 class KeyReused(Exception):
     """The idempotency key was used with another body."""
+
+
+class LineError(NamedTuple):
+    """What is wrong in an import: in this line, counted from 1, and in this member of it if any."""
+
+    line: int
+    field: str | None
+    type: str
+    message: str
+
+
+class ImportRefused(Exception):
+    """Lines of an import are wrong: `errors` has the first of them."""
+
+    def __init__(self, errors: list[LineError]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+
+class ImportTooLong(Exception):
+    """An import has more bytes than is taken, after it was decompressed."""
 
 
 class NotAuthenticated(Exception):

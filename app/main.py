@@ -8,8 +8,8 @@ from fastapi import FastAPI, Security
 from fastapi_offline import FastAPIOffline
 
 from app import logs, metrics
-from app.api import heroes, operations, problems
-from app.api.bodies import BodyLimit
+from app.api import heroes, operations, problems, transfer
+from app.api.bodies import IMPORT_LIMIT, BodyLimit
 from app.api.dependencies import may_write
 from app.api.observe import Observe
 from app.database import Database
@@ -58,12 +58,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = database
     app.state.revisions = Revisions.of_the_code()
-    app.include_router(heroes.reads)
     tokens = [Security(may_write)] if settings.api_tokens else []
-    app.include_router(heroes.writes, dependencies=tokens)
+    for resource in (transfer, heroes):  # In this order: /heroes/export is no hero's id.
+        app.include_router(resource.reads)
+        app.include_router(resource.writes, dependencies=tokens)
     app.include_router(operations.router)
     problems.register(app)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, limits={"/heroes/import": IMPORT_LIMIT})
     app.add_middleware(Observe)
     return app
 

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -27,9 +28,27 @@ _POSTGRES = pytest.StashKey[Postgres]()
 _FIGURES = pytest.StashKey[list[str]]()
 
 
+# With `--numprocesses` the tests run in workers: the server is the first process's, which also
+# prints the figures. The workers' configuration has what it gave them, and what they give back.
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[_POSTGRES] = start_postgres()
+    given = getattr(session.config, "workerinput", None)
+    session.config.stash[_POSTGRES] = (
+        Postgres(make_url(given["postgres"]), "another process's", lambda: None)
+        if given
+        else start_postgres()
+    )
     session.config.stash[_FIGURES] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    url = node.config.stash[_POSTGRES].url
+    node.workerinput["postgres"] = url.render_as_string(hide_password=False)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_FIGURES] += getattr(node, "workeroutput", {}).get("figures", [])
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -47,6 +66,8 @@ def pytest_terminal_summary(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash[_FIGURES]
     session.config.stash[_POSTGRES].remove()
 
 

@@ -3,16 +3,27 @@
 from hashlib import sha256
 from typing import Annotated
 
-from fastapi import Depends, Path, Request, Security
+from fastapi import Depends, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.api.problems import invalid
 from app.database import Database
 from app.errors import NotAuthenticated, NotAuthorized
-from app.models import INT8_MAX
+from app.models import INT4_MAX, INT8_MAX, Text
 from app.settings import Settings
 
 HeroId = Annotated[int, Path(ge=-INT8_MAX - 1, le=INT8_MAX)]
+# The filters of a list and of an export.
+Name = Annotated[Text | None, Query(description="Only heroes of exactly this name")]
+AgeMin = Annotated[int | None, Query(ge=0, le=INT4_MAX, description="Only of at least this age")]
+AgeMax = Annotated[int | None, Query(ge=0, le=INT4_MAX, description="Only of at most this age")]
+
+
+def check_ages(age_min: int | None, age_max: int | None) -> None:
+    """Raises `RequestValidationError` where no age is between the two."""
+    if age_min is not None and age_max is not None and age_min > age_max:
+        raise invalid("query", "age_min", "Should not be greater than age_max")
 
 
 # These are coroutines because FastAPI runs plain functions in a thread, a hop for each request.

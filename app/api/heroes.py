@@ -7,12 +7,20 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from app import etags, heroes, idempotency
-from app.api.dependencies import DatabaseDep, HeroId, each_query_parameter_once
+from app.api.dependencies import (
+    AgeMax,
+    AgeMin,
+    DatabaseDep,
+    HeroId,
+    Name,
+    check_ages,
+    each_query_parameter_once,
+)
 from app.api.problems import invalid
 from app.database import Database
 from app.errors import HeroChanged, HeroNotFound, KeyReused
 from app.heroes import HeroRow, Listing
-from app.models import INT4_MAX, INT8_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
+from app.models import INT8_MAX, HeroCreate, HeroPublic, HeroUpdate
 from app.pages import Cursor, Sort
 
 # Apart, so that a token can be asked for writes alone.
@@ -73,15 +81,14 @@ async def read_heroes(
     database: DatabaseDep,
     offset: Annotated[int, Query(ge=0, le=INT8_MAX)] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
-    name: Text | None = None,
-    age_min: Annotated[int | None, Query(ge=0, le=INT4_MAX)] = None,
-    age_max: Annotated[int | None, Query(ge=0, le=INT4_MAX)] = None,
+    name: Name = None,
+    age_min: AgeMin = None,
+    age_max: AgeMax = None,
     sort: Sort = "id",
     after: Annotated[str | None, Query(description="The cursor of the last page")] = None,
     total: Annotated[bool, Query(description="Count all pages in X-Total-Count")] = False,
 ) -> JSONResponse:
-    if age_min is not None and age_max is not None and age_min > age_max:
-        raise invalid("query", "age_min", "Should not be greater than age_max")
+    check_ages(age_min, age_max)
     if after is not None and "offset" in request.query_params:
         raise invalid("query", "after", "Should not be given together with offset")
     cursor = _cursor(after, sort)

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
 from app import errors
+from app.api.bodies import IMPORT_LIMIT
 from app.database import sqlstate
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ CONFLICT = Problem(409, "The hero conflicts with what is stored")
 PROBLEMS: dict[type[Exception], Problem] = {
     errors.HeroNotFound: Problem(404, "Hero not found"),
     errors.HeroChanged: Problem(412, "The hero has changed"),
+    errors.ImportTooLong: Problem(413, f"The import is longer than {IMPORT_LIMIT} bytes"),
     errors.NotAuthenticated: Problem(401, "Not authenticated", {"WWW-Authenticate": "Bearer"}),
     errors.NotAuthorized: Problem(403, "Not authorized"),
     errors.DatabaseTimeout: Problem(503, "The database did not answer in time", _SOON),
@@ -66,6 +68,7 @@ def register(app: FastAPI) -> None:
         app.add_exception_handler(error, _known)
     app.add_exception_handler(DBAPIError, _database)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(errors.ImportRefused, _refused)
     app.add_exception_handler(HTTPException, _http)
 
 
@@ -114,6 +117,18 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
     # Without `input` and `ctx`, which repeat what was sent: a secret name, or a NaN that JSON
     # cannot encode.
     detail = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in error.errors()]
+    return respond(request, 422, detail)
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    detail = [
+        {
+            "type": wrong.type,
+            "loc": ["body", wrong.line, *filter(None, [wrong.field])],
+            "msg": wrong.message,
+        }
+        for wrong in error.errors
+    ]
     return respond(request, 422, detail)
 
 
