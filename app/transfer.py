@@ -8,10 +8,10 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, BinaryIO, Literal, NotRequired
+from typing import IO, Any, Literal, NotRequired
 
 import psycopg
 from pydantic import TypeAdapter, ValidationError
@@ -47,7 +47,7 @@ _hero = SQLModel.metadata.tables[str(Hero.__tablename__)]
 
 
 def heroes_in(
-    file: BinaryIO, file_format: Format, *, gzipped: bool = False, at_most: int | None = None
+    file: IO[bytes], file_format: Format, *, gzipped: bool = False, at_most: int | None = None
 ) -> Iterator[NewHero]:
     """The heroes in the file, each checked as the body of a create is.
 
@@ -56,7 +56,7 @@ def heroes_in(
     decompressed, has over `at_most` bytes.
     """
     errors: list[LineError] = []
-    lines = _Lines(gzip.GzipFile(fileobj=file) if gzipped else file, at_most)
+    lines = _Lines(gzip.GzipFile(fileobj=file, mode="rb") if gzipped else file, at_most)
     try:
         for hero in (_csv if file_format == "csv" else _ndjson)(lines):
             if isinstance(hero, list):
@@ -81,7 +81,7 @@ class _Unreadable(Exception):
 class _Lines:
     """The lines of a file, counted, with a bound on the whole and on what is read at once."""
 
-    def __init__(self, file: BinaryIO | gzip.GzipFile, at_most: int | None) -> None:
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, at_most: int | None) -> None:
         self._file = file
         self._at_most = at_most
         self._size = 0
@@ -266,44 +266,36 @@ def encode(heroes: Iterable[HeroRow], file_format: Format, *, header: bool) -> b
     return text.getvalue().encode()
 
 
-def dump(session: Session, file_format: Format, write: Callable[[bytes], object]) -> int:
-    """Writes all heroes in the order of their ids, as one snapshot, and returns how many.
+def dump(session: Session, file_format: Format) -> Iterator[tuple[int, bytes]]:
+    """All heroes by id, as they are at one moment: some of them at a time, how many and the lines.
 
-    On PostgreSQL by COPY, whose server encodes them. Raises `DBAPIError` and what `write` raises.
+    On PostgreSQL by COPY, where the server encodes them. Raises `DBAPIError`.
     """
     driver: Any = session.connection().connection.driver_connection
     if isinstance(driver, psycopg.Connection):
         with _as_sqlalchemy_raises():
-            return _copy_out(driver, file_format, write)
+            yield from _copy_out(driver, file_format)
+        return
     columns = (_hero.c[name] for name in HeroRow._fields)
-    result = session.connection().execution_options(stream_results=True)
-    count = 0
-    write(encode((), file_format, header=True))
-    for batch in result.execute(select(*columns).order_by(_hero.c.id)).partitions(_BATCH):
-        write(encode(map(HeroRow._make, batch), file_format, header=False))
-        count += len(batch)
-    return count
+    streamed = session.connection().execution_options(stream_results=True)
+    for rows in streamed.execute(select(*columns).order_by(_hero.c.id)).partitions(_BATCH):
+        yield len(rows), encode(map(HeroRow._make, rows), file_format, header=False)
 
 
-_COPY_CSV = "COPY (SELECT id, name, age FROM hero ORDER BY id) TO STDOUT (FORMAT csv, HEADER)"
+_COPY_CSV = "COPY (SELECT id, name, age FROM hero ORDER BY id) TO STDOUT (FORMAT csv)"
 _COPY_NDJSON = (
     "COPY (SELECT row_to_json(hero)"
     " FROM (SELECT name, age, id FROM hero ORDER BY id) AS hero) TO STDOUT"
 )
 
 
-def _copy_out(
-    driver: psycopg.Connection[Any], file_format: Format, write: Callable[[bytes], object]
-) -> int:
-    with driver.cursor() as cursor:
-        # Each block is one row and its end.
-        if file_format == "csv":
-            with cursor.copy(_COPY_CSV) as copy:
-                for block in copy:
-                    write(bytes(block[:-1]) + b"\r\n")
-        else:
-            with cursor.copy(_COPY_NDJSON) as copy:
-                for block in copy:
-                    # COPY's text format doubles the backslashes; JSON has no other of its escapes.
-                    write(bytes(block).replace(b"\\\\", b"\\"))
-        return cursor.rowcount
+def _copy_out(driver: psycopg.Connection[Any], file_format: Format) -> Iterator[tuple[int, bytes]]:
+    statement = _COPY_CSV if file_format == "csv" else _COPY_NDJSON
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        lines = iter(copy)  # Each with its end, which is "\n".
+        while batch := list(islice(lines, _BATCH)):
+            if file_format == "csv":
+                yield len(batch), b"".join(bytes(line)[:-1] + b"\r\n" for line in batch)
+            else:
+                # COPY doubles the backslashes; what else it would escape, JSON has escaped.
+                yield len(batch), b"".join(batch).replace(b"\\\\", b"\\")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,14 +28,16 @@ class BodyLimit:
             return
 
         limit = self.limits.get(scope["path"].removeprefix(scope["root_path"]), LIMIT)
+        promised = int(Headers(scope=scope).get("content-length", 0))
         size = 0
 
         async def limited() -> Message:
             nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > limit:
-                raise HTTPException(413, f"The body is longer than {limit} bytes")
-            return message
+            if promised <= limit:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if size <= limit:
+                    return message
+            raise HTTPException(413, f"The body is longer than {limit} bytes")
 
         await self.app(scope, limited, send)

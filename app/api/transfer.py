@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
 from tempfile import SpooledTemporaryFile
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -49,6 +49,7 @@ _PAGE = 1000
 
 @reads.get("/export", response_class=Response, dependencies=[Depends(each_query_parameter_once)])
 async def export_heroes(
+    request: Request,
     database: DatabaseDep,
     file_format: Annotated[
         Format | None, Query(alias="format", description="Goes before `Accept`")
@@ -56,7 +57,6 @@ async def export_heroes(
     name: Name = None,
     age_min: AgeMin = None,
     age_max: AgeMax = None,
-    accept: Annotated[str, Header()] = "",
 ) -> StreamingResponse:
     """All heroes that match, in the order of their ids.
 
@@ -64,7 +64,7 @@ async def export_heroes(
     a hero that is there throughout is in it exactly once.
     """
     check_ages(age_min, age_max)
-    file_format = file_format or _accepted(accept)
+    file_format = file_format or _accepted(request.headers.get("accept", ""))
     listing = Listing(_PAGE, name=name, age_min=age_min, age_max=age_max)
     # Before the answer begins, so that an error can still be one.
     first = await database.statement(heroes.read, listing)
@@ -114,31 +114,28 @@ def _media_type(header: str) -> tuple[str, dict[str, str]]:
 async def import_heroes(
     request: Request,
     database: DatabaseDep,
-    content_type: Annotated[str, Header()] = "",
-    content_encoding: Annotated[str, Header()] = "identity",
 ) -> JSONResponse:
     """Creates all heroes of the body, or none of them.
 
     The body is kept in a file until it is whole and every line of it was checked: neither a slow
     client nor a wrong line costs the database anything.
     """
-    file_format = _format(content_type)
-    gzipped = _gzipped(content_encoding)
+    file_format = _format(request.headers.get("content-type", ""))
+    gzipped = _gzipped(request.headers.get("content-encoding", "identity"))
     with SpooledTemporaryFile(_IN_MEMORY) as spool:
-        file = cast("BinaryIO", spool)
         try:
             async for chunk in request.stream():
-                file.write(chunk)
+                spool.write(chunk)
         except ClientDisconnect:
             raise HTTPException(400, "The body ended early") from None
         checked = partial(
-            transfer.heroes_in, file, file_format, gzipped=gzipped, at_most=IMPORT_LIMIT
+            transfer.heroes_in, spool, file_format, gzipped=gzipped, at_most=IMPORT_LIMIT
         )
-        file.seek(0)
+        spool.seek(0)
         await asyncio.to_thread(deque, checked(), 0)
         if await request.is_disconnected():
             raise HTTPException(400, "The client did not wait for the answer")
-        file.seek(0)
+        spool.seek(0)
         created = await database.long_transaction(_SECONDS, transfer.load, checked())
     return JSONResponse({"created": created})
 
