@@ -102,6 +102,21 @@ def test_the_contract_holds_through_the_published_port(stack: Stack) -> None:
         assert client.get("/docs").status_code == 200
 
 
+def test_an_import_and_the_command_work_in_the_containers(stack: Stack) -> None:
+    """What is more than memory should be used for is kept in a file, on a read-only root."""
+    line = b'{"name": "Imported", "secret_name": "s"}\n'
+    headers = {"Content-Type": "application/x-ndjson"}
+    with stack.client() as client:
+        before = len(client.get("/heroes/export").content.splitlines())
+        imported = client.post("/heroes/import", content=line * 50_000, headers=headers)
+        assert imported.json() == {"created": 50_000}
+        exported = client.get("/heroes/export").content.splitlines()
+        assert len(exported) == before + 50_000
+    by_the_command = stack.run("docker compose exec -T api python -m app export -")
+    assert by_the_command.stdout.encode().splitlines() == exported
+    stack.sql("DELETE FROM hero WHERE name = 'Imported'", role="heroes_app")
+
+
 REFUSED = {
     "CREATE TABLE villain (id int)": "permission denied for schema public",
     "CREATE TEMP TABLE villain (id int)": "permission denied to create temporary tables",
