@@ -2,8 +2,10 @@
 
 import re
 
-# What a list of entity tags consists of: an optional W/, and a quoted opaque part.
-_TAG = re.compile(r'\s*(W/)?"([\x21\x23-\x7e\x80-\xff]*)"\s*')
+# An entity tag: an optional W/, and a quoted opaque part.
+_TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
+# What If-Match and If-None-Match may be: a list, whose elements may be empty, or anything at all.
+LIST = rf"^([ \t,]*{_TAG}[ \t]*(,[ \t,]*{_TAG}[ \t]*)*[ \t,]*|[ \t]*\*[ \t]*)$"
 _VERSION = re.compile(r"[1-9][0-9]{0,9}")
 
 
@@ -12,41 +14,19 @@ def of_version(version: int) -> str:
     return f'"{version}"'
 
 
-def _opaque_tags(header: str) -> list[tuple[bool, str]]:
-    tags = []
-    for member in _members(header):
-        if not (tag := _TAG.fullmatch(member)):
-            raise ValueError("Not a list of entity tags")
-        tags.append((tag[1] is not None, tag[2]))
-    if not tags:
-        raise ValueError("Not a list of entity tags")
-    return tags
-
-
-def _members(header: str) -> list[str]:
-    # A comma may stand within the quotes.
-    return [member for member in re.findall(r'(?:[^",]|"[^"]*")+', header) if member.strip()]
-
-
 def matches(header: str, version: int) -> bool:
-    """Whether `If-None-Match` names this version: by weak comparison, `*` names every one.
-
-    Raises `ValueError` where the header is malformed.
-    """
+    """Whether `If-None-Match`, a `LIST`, names this version: weakly compared, `*` names each."""
     if header.strip() == "*":
         return True
-    return any(opaque == str(version) for _, opaque in _opaque_tags(header))
+    return any(opaque == str(version) for _, opaque in re.findall(_TAG, header))
 
 
 def versions(header: str) -> frozenset[int] | None:
-    """The versions that `If-Match` allows: by strong comparison, None for `*`, which allows any.
-
-    Raises `ValueError` where the header is malformed.
-    """
+    """The versions that `If-Match`, a `LIST`, allows: strongly compared, None for `*`, any."""
     if header.strip() == "*":
         return None
     return frozenset(
         int(opaque)
-        for weak, opaque in _opaque_tags(header)
+        for weak, opaque in re.findall(_TAG, header)
         if not weak and _VERSION.fullmatch(opaque)
     )

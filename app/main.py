@@ -8,7 +8,7 @@ from fastapi import FastAPI, Security
 from fastapi_offline import FastAPIOffline
 
 from app import logs, metrics
-from app.api import heroes, operations, problems, transfer
+from app.api import documentation, heroes, operations, problems, transfer
 from app.api.bodies import IMPORT_LIMIT, BodyLimit
 from app.api.dependencies import may_write
 from app.api.observe import Observe
@@ -61,7 +61,11 @@ def create_app(settings: Settings) -> FastAPI:
     tokens = [Security(may_write)] if settings.api_tokens else []
     for resource in (transfer, heroes):  # In this order: /heroes/export is no hero's id.
         app.include_router(resource.reads)
-        app.include_router(resource.writes, dependencies=tokens)
+        app.include_router(
+            resource.writes,
+            dependencies=tokens,
+            responses=documentation.OF_WRITES if tokens else None,
+        )
     app.include_router(operations.router)
     problems.register(app)
     app.add_middleware(BodyLimit, limits={"/heroes/import": IMPORT_LIMIT})

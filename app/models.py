@@ -3,7 +3,8 @@
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import StringConstraints
+from pydantic import BeforeValidator, StringConstraints
+from pydantic_core import PydanticCustomError
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, Index, Integer, String
 from sqlmodel import Field, SQLModel
 
@@ -23,8 +24,16 @@ SQLModel.metadata.naming_convention = {
 # PostgreSQL cannot store NUL in a text. Lone surrogates, which UTF-8 cannot carry, are refused by
 # pydantic itself as soon as a string has a pattern.
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
-# Strict, so that true and "42" are refused rather than turned into numbers.
-Age = Annotated[int, Field(ge=0, le=INT4_MAX, schema_extra={"strict": True})]
+
+
+def _number(value: object) -> object:
+    """Refuses what pydantic would turn into a number: true and "42"."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+Age = Annotated[int, Field(ge=0, le=INT4_MAX), BeforeValidator(_number)]
 
 
 class HeroBase(SQLModel):
@@ -89,6 +98,7 @@ class HeroUpdate(SQLModel):
     `name` and `secret_name` may be left out but not be null: their columns are NOT NULL.
     """
 
-    name: Text = Field(default=None)
+    # By a factory, because OpenAPI would show null as the default.
+    name: Text = Field(default_factory=lambda: None)
     age: Age | None = None
-    secret_name: Text = Field(default=None)
+    secret_name: Text = Field(default_factory=lambda: None)

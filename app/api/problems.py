@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     headers: Mapping[str, str] | None = None
 
 
-_PROBLEM_JSON = "application/problem+json"
+PROBLEM_JSON = "application/problem+json"
 _SOON = MappingProxyType({"Retry-After": "1"})
 
 UNAVAILABLE = Problem(503, "The database is unavailable", _SOON)
@@ -82,14 +82,14 @@ def respond(
 ) -> JSONResponse:
     """FastAPI's `{"detail": ...}`, or the same as RFC 9457 where the client asks for that."""
     headers = dict(headers) if headers else None
-    if _PROBLEM_JSON not in request.headers.get("accept", ""):
+    if PROBLEM_JSON not in request.headers.get("accept", ""):
         return JSONResponse({"detail": detail}, status, headers)
     members = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
     if isinstance(detail, str):
         members["detail"] = detail
     else:
         members |= {"detail": "The request is not valid", "errors": detail}
-    return JSONResponse(members, status, headers, media_type=_PROBLEM_JSON)
+    return JSONResponse(members, status, headers, media_type=PROBLEM_JSON)
 
 
 async def _known(request: Request, error: Exception) -> JSONResponse:

@@ -9,10 +9,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic.json_schema import SkipJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app import heroes, transfer
+from app.api import documentation
 from app.api.bodies import IMPORT_LIMIT
 from app.api.dependencies import (
     AgeMax,
@@ -47,12 +49,17 @@ _IN_MEMORY = 1024**2
 _PAGE = 1000
 
 
-@reads.get("/export", response_class=Response, dependencies=[Depends(each_query_parameter_once)])
+@reads.get(
+    "/export",
+    response_class=Response,
+    dependencies=[Depends(each_query_parameter_once)],
+    **documentation.EXPORT,
+)
 async def export_heroes(
     request: Request,
     database: DatabaseDep,
     file_format: Annotated[
-        Format | None, Query(alias="format", description="Goes before `Accept`")
+        Format | SkipJsonSchema[None], Query(alias="format", description="Goes before Accept")
     ] = None,
     name: Name = None,
     age_min: AgeMin = None,
@@ -110,7 +117,7 @@ def _media_type(header: str) -> tuple[str, dict[str, str]]:
     return media_type, {name: value.strip('"') for name, _, value in pairs}
 
 
-@writes.post("/import")
+@writes.post("/import", **documentation.IMPORT)
 async def import_heroes(
     request: Request,
     database: DatabaseDep,
