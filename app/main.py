@@ -67,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
             responses=documentation.OF_WRITES if tokens else None,
         )
     app.include_router(operations.router)
+    documentation.leave_null_out(app)
     problems.register(app)
     app.add_middleware(BodyLimit, limits={"/heroes/import": IMPORT_LIMIT})
     app.add_middleware(Observe)

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import Field
 
 from app.api.problems import invalid
 from app.database import Database
@@ -18,13 +18,10 @@ HeroId = Annotated[
     int, Path(ge=-INT8_MAX - 1, le=INT8_MAX, description="The hero's id", examples=[2])
 ]
 # The filters of a list and of an export.
-Name = Annotated[Text | SkipJsonSchema[None], Query(description="Only heroes of exactly this name")]
-AgeMin = Annotated[
-    int | SkipJsonSchema[None], Query(ge=0, le=INT4_MAX, description="Only of at least this age")
-]
-AgeMax = Annotated[
-    int | SkipJsonSchema[None], Query(ge=0, le=INT4_MAX, description="Only of at most this age")
-]
+Name = Annotated[Text | None, Query(description="Only heroes of exactly this name")]
+_Years = Annotated[int, Field(ge=0, le=INT4_MAX)]
+AgeMin = Annotated[_Years | None, Query(description="Only heroes of at least this age")]
+AgeMax = Annotated[_Years | None, Query(description="Only heroes of at most this age")]
 
 
 def check_ages(age_min: int | None, age_max: int | None) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import FastAPI
+
 from app import errors
 from app.api.problems import CONFLICT, PROBLEM_JSON, PROBLEMS, UNAVAILABLE, Problem
 
@@ -47,6 +49,23 @@ def _headers(*names: str) -> dict[str, Any]:
 def _ok(description: str, example: Any, *headers: str) -> dict[str, Any]:
     content = {"application/json": {"example": example}}
     return {"description": description, "headers": _headers(*headers), "content": content}
+
+
+def leave_null_out(app: FastAPI) -> None:
+    """Takes null out of what OpenAPI says of parameters: one may be left out, but none is null."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                for parameter in operation["parameters"]:
+                    for either in parameter["schema"].pop("anyOf", ()):
+                        if either != {"type": "null"}:
+                            parameter["schema"] |= either
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 _STRING = {"type": "string"}

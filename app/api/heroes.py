@@ -5,7 +5,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import StringConstraints
 
 from app import etags, heroes, idempotency
 from app.api import documentation
@@ -29,20 +29,21 @@ from app.pages import Cursor, Sort
 reads = APIRouter(prefix="/heroes")
 writes = APIRouter(prefix="/heroes")
 
+_Tags = Annotated[str, StringConstraints(pattern=etags.LIST)]
 IfMatch = Annotated[
-    str | SkipJsonSchema[None],
-    Header(
-        pattern=etags.LIST,
-        description="Only if the hero still has one of these ETags",
-        examples=['"1"', "*"],
-    ),
+    _Tags | None,
+    Header(description="Only if the hero still has one of these ETags", examples=['"1"', "*"]),
 ]
 IfNoneMatch = Annotated[
-    str | SkipJsonSchema[None],
+    _Tags | None,
+    Header(description="Only if the hero has none of these ETags", examples=['"1"']),
+]
+_Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+IdempotencyKey = Annotated[
+    _Key | None,
     Header(
-        pattern=etags.LIST,
-        description="Only if the hero has none of these ETags",
-        examples=['"1"'],
+        description="A create with the same key and body is made once, for 24 hours",
+        examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
     ),
 ]
 
@@ -67,16 +68,7 @@ async def create_hero(
     request: Request,
     hero: HeroCreate,
     database: DatabaseDep,
-    idempotency_key: Annotated[
-        str | SkipJsonSchema[None],
-        Header(
-            min_length=1,
-            max_length=255,
-            pattern=r"^[\x21-\x7e]+$",
-            description="A create with the same key and body is made once, for 24 hours",
-            examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
     headers = {}
     if idempotency_key is None:
@@ -110,7 +102,7 @@ async def read_heroes(
     age_max: AgeMax = None,
     sort: Annotated[Sort, Query(description="The order, which always ends in the id")] = "id",
     after: Annotated[
-        str | SkipJsonSchema[None],
+        str | None,
         Query(description="The cursor in the last page's Link", examples=["WyJpZCIsMiwyXQ"]),
     ] = None,
     total: Annotated[bool, Query(description="Count all pages in X-Total-Count")] = False,
