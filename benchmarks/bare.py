@@ -1,0 +1,6 @@
+"""The service without access log, metrics and request ids, to see what those cost."""
+
+from app.api.observe import Observe
+from app.main import app
+
+app.user_middleware = [each for each in app.user_middleware if each.cls is not Observe]

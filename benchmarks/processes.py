@@ -1,0 +1,44 @@
+"""What processes cost, read from /proc (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html)."""
+
+import os
+from pathlib import Path
+
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+def _stat(pid: int) -> list[str]:
+    # The name, in parentheses, may have spaces.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def tree(root: int) -> list[int]:
+    """The process and all below it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int(_stat(int(folder.name))[1])
+        except FileNotFoundError:
+            continue
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def cpu_seconds(root: int) -> float:
+    """User and system time of the process, of those below it, and of those that it has reaped."""
+    total = 0
+    for pid in tree(root):
+        try:
+            stat = _stat(pid)
+        except FileNotFoundError:
+            continue
+        # utime and stime, and for the root alone what its ended children have taken.
+        total += sum(int(ticks) for ticks in stat[11 : 15 if pid == root else 13])
+    return total / _TICK
+
+
+def memory(pid: int) -> int:
+    """The bytes of memory that are the process's own share (PSS)."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(rollup.split("\nPss:")[1].split()[0]) * 1024

@@ -1,0 +1,152 @@
+"""What is measured: PostgreSQL with its rows, and the services on it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+WORKERS = 2
+_PORT = 54329
+
+
+@dataclass
+class Postgres:
+    """A server of the benchmark's own: its URL and its first process."""
+
+    url: str
+    pid: int
+    version: str
+
+    def execute(self, statement: str) -> list[tuple[object, ...]]:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def load(self, heroes: int) -> None:
+        """Makes the table anew, with so many heroes, and everything as at rest."""
+        self.execute("TRUNCATE hero RESTART IDENTITY")
+        run([BIN / "heroes", "seed", str(heroes)], self.url)
+        self.execute("VACUUM ANALYZE hero")
+        self.execute("CHECKPOINT")
+
+    def statements(self) -> int:
+        """How many statements the services have sent so far."""
+        rows = self.execute("SELECT sum(calls)::int8 FROM pg_stat_statements")
+        return int(str(rows[0][0]))
+
+
+def run(command: list[str | Path], url: str) -> None:
+    subprocess.run(
+        command, check=True, cwd=ROOT, env=os.environ | {"DATABASE_URL": url}, capture_output=True
+    )
+
+
+# As it is delivered, but for room in its write-ahead log, or checkpoints would fall into some rounds
+# and not into others; and the extension that counts statements.
+_SETTINGS = [
+    *("-c", "max_wal_size=8GB", "-c", "checkpoint_timeout=1h", "-c", f"port={_PORT}"),
+    *("-c", "shared_preload_libraries=pg_stat_statements", "-c", "pg_stat_statements.track=none"),
+]
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """PostgreSQL 18 in a container on the host's network: a published port is a proxy's work."""
+    docker = shutil.which("docker")
+    if not docker:
+        sys.exit("make bench needs Docker, for PostgreSQL")
+    started = subprocess.run(
+        [
+            *(docker, "run", "--detach", "--rm", "--network", "host", "--shm-size", "1g"),
+            *("--env", "POSTGRES_PASSWORD=benchmark", "postgres:18", *_SETTINGS),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    container = started.stdout.strip()
+    try:
+        url = f"postgresql://postgres:benchmark@127.0.0.1:{_PORT}/postgres"
+        wait_for(lambda: bool(psycopg.connect(url)))
+        inspect = [docker, "inspect", "--format", "{{.State.Pid}}", container]
+        pid = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout
+        server = Postgres(url, int(pid), "")
+        server.version = str(server.execute("SHOW server_version")[0][0])
+        server.execute("CREATE EXTENSION pg_stat_statements")
+        run([BIN / "alembic", "upgrade", "head"], url)
+        yield server
+    finally:
+        subprocess.run([docker, "stop", container], check=True, capture_output=True)
+
+
+def wait_for(condition: object, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():  # type: ignore[operator]
+                return
+        except OSError as error:
+            reason: object = error
+        except psycopg.OperationalError as error:
+            reason = error
+        if time.monotonic() > deadline:
+            raise TimeoutError(reason)
+        time.sleep(0.01)
+
+
+@dataclass
+class Service:
+    """A contestant that runs: where it answers and its first process."""
+
+    name: str
+    port: int
+    pid: int
+
+
+# The peers run as their authors would run them: under the same gunicorn, worker class and uvicorn,
+# on the same event loop and parser.
+_STOCK = [
+    "--worker-class",
+    "uvicorn_worker.UvicornWorker",
+    "--keep-alive",
+    "5",
+    "--no-control-socket",
+]
+CONTESTANTS: dict[str, list[str]] = {
+    "heroes": [],
+    "tutorial": ["--config", "/dev/null", *_STOCK, "tests.tutorial:app"],
+    "asyncpg": ["--config", "/dev/null", *_STOCK, "benchmarks.asyncpg_peer:app"],
+}
+BARE = ["benchmarks.bare:app"]
+
+
+@contextmanager
+def service(name: str, port: int, url: str, log: Path) -> Iterator[Service]:
+    """The contestant with two workers, and its log in a file."""
+    environment = os.environ | {
+        "DATABASE_URL": url,
+        "TUTORIAL_DATABASE_URL": url.replace("postgresql:", "postgresql+psycopg:"),
+        "WEB_CONCURRENCY": str(WORKERS),
+        "LOG_FORMAT": "json",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [BIN / "gunicorn", "--bind", f"127.0.0.1:{port}", *CONTESTANTS.get(name, BARE)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+    try:
+        address = f"http://127.0.0.1:{port}/heroes/?limit=1"
+        wait_for(lambda: urllib.request.urlopen(address).status == 200)  # noqa: S310
+        yield Service(name, port, process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
