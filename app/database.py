@@ -74,12 +74,10 @@ class Database:
         self._spawn: Callable[..., Awaitable[Any]]
         if url.get_backend_name() == "sqlite":
             self.engine = _sqlite(url, pool_size, timeout)
-            self._begin = "BEGIN IMMEDIATE"
             self._spawn = asyncio.to_thread
         else:
             self._async_engine = _postgresql(url, pool_size, timeout)
             self.engine = self._async_engine.sync_engine
-            self._begin = "BEGIN"
             self._spawn = greenlet_spawn
         event.listen(self.engine, "handle_error", _count)
         pool = self.engine.pool
@@ -178,8 +176,11 @@ class Database:
     ) -> T:
         with Session(self.engine) as session:
             self._bound_by(session, deadline)
-            # The driver's connection is in autocommit; SQLAlchemy's commit and rollback end this.
-            session.connection().exec_driver_sql(self._begin)
+            if self._async_engine:
+                # Until the connection is given back, it is not in autocommit.
+                session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+            else:
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             result = work(session, *args, **kwargs)
             session.commit()
             return result
@@ -236,10 +237,12 @@ def _postgresql(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
         pool_timeout=timeout,
         # The statement's parameters include secret names: they must not get into a log.
         hide_parameters=True,
-        # Prepared statements live as long as nothing is rolled back, hence autocommit. What the
-        # URL says itself (PgBouncer, for one, takes no `options`) stands.
-        connect_args={"autocommit": True}
-        | {name: value for name, value in defaults.items() if name not in url.query},
+        # Prepared statements live as long as nothing is rolled back, hence autocommit. To roll
+        # back nothing is a tenth of a unit of work.
+        isolation_level="AUTOCOMMIT",
+        skip_autocommit_rollback=True,
+        # What the URL says itself (PgBouncer, for one, takes no `options`) stands.
+        connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     event.listen(engine.sync_engine, "checkout", _refuse_a_closed_connection)
     event.listen(engine.sync_engine, "handle_error", _disconnect_on_a_stale_plan)

@@ -4,12 +4,14 @@ Each function runs exactly one statement, so that it is atomic by itself and one
 of them reads `secret_name`.
 """
 
+import json
 from functools import cache
 from itertools import combinations
 from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     ColumnElement,
     Select,
@@ -63,6 +65,13 @@ _of_version = _hero.c.version.in_(bindparam("versions", expanding=True))
 
 _CREATE = insert(_hero).returning(*_row)
 _GET = select(*_row).where(_by_id)
+# However many ids, one statement with one parameter.
+_GET_ALL = {
+    "postgresql": select(*_row).where(_id == func.any(bindparam("ids", type_=ARRAY(BigInteger)))),
+    "sqlite": select(*_row).where(
+        _id.in_(select(func.json_each(bindparam("ids")).table_valued("value").c.value))
+    ),
+}
 # One statement for each set of members that a request can change.
 _members = tuple(HeroUpdate.model_fields)
 _UPDATE = {
@@ -97,7 +106,7 @@ def read(session: Session, listing: Listing) -> list[HeroRow]:
         position = "null" if listing.after.value is None else "value"
         parameters |= {"after_value": listing.after.value, "after_id": listing.after.id}
     statement = _read(listing.sort, frozenset(filters), position)
-    return [HeroRow._make(row) for row in session.exec(statement, params=parameters)]
+    return [HeroRow._make(row) for row in session.exec(statement, params=parameters).all()]
 
 
 def count(session: Session, listing: Listing) -> int:
@@ -110,6 +119,14 @@ def get(session: Session, hero_id: int) -> HeroRow | None:
     """The hero with this id, or None."""
     row = session.exec(_GET, params={"hero_id": hero_id}).one_or_none()
     return HeroRow._make(row) if row else None
+
+
+def get_all(session: Session, ids: list[int]) -> list[HeroRow]:
+    """Those of the heroes with these ids that are there, in no order."""
+    dialect = session.get_bind().dialect.name
+    parameter = ids if dialect == "postgresql" else json.dumps(ids)
+    rows = session.exec(_GET_ALL[dialect], params={"ids": parameter})
+    return [HeroRow._make(row) for row in rows.all()]
 
 
 def change(

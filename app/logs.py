@@ -1,8 +1,12 @@
 """One log for all that runs in the process: a JSON object a line, or plain lines on a terminal."""
 
+import contextlib
+import json
 import logging
 import logging.config
+import sys
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pythonjsonlogger.core import RESERVED_ATTRS
@@ -26,6 +30,41 @@ def configure(level: str, format: Literal["json", "console"]) -> None:  # noqa: 
     Loggers that gunicorn, uvicorn or alembic have set up by themselves are taken over.
     """
     logging.config.dictConfig(configuration(level, format))
+    _access.update(on=logging.getLogger().isEnabledFor(logging.INFO), json=format == "json")
+
+
+_access = {"on": False, "json": False}
+
+
+def access(method: str, path: str, status: int, seconds: float, client: str | None) -> None:
+    """Writes the line of a request that was answered, as a logger of the name heroes.access would.
+
+    Straight to stderr: by way of `logging` it cost 40 µs, a fifth of a read; so it costs 6.
+    """
+    if not _access["on"]:
+        return
+    now = datetime.now(UTC)
+    if _access["json"]:
+        fields = {
+            "level": "INFO",
+            "logger": "heroes.access",
+            "message": f"{method} {path} {status}",
+            "timestamp": now.isoformat(),
+            "method": method,
+            "path": path,
+            "status": status,
+            "duration_ms": round(seconds * 1000, 2),
+            "client": client,
+            "request_id": request_id.get(),
+        }
+        line = json.dumps(fields)
+    else:
+        local = now.astimezone()
+        milliseconds = local.microsecond // 1000
+        line = f"{local:%F %T},{milliseconds:03d} INFO    {method} {path} {status}"
+    # As with `logging`, a log that cannot be written is no reason to fail a request.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(line + "\n")
 
 
 def configuration(level: str, format: Literal["json", "console"]) -> dict[str, Any]:  # noqa: A002

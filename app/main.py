@@ -12,6 +12,7 @@ from app.api import documentation, heroes, operations, problems, transfer
 from app.api.bodies import IMPORT_LIMIT, BodyLimit
 from app.api.dependencies import may_write
 from app.api.observe import Observe
+from app.coalescing import HeroReads
 from app.database import Database
 from app.revisions import Revisions
 from app.settings import Settings, from_environment
@@ -57,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.database = database
+    app.state.hero_reads = HeroReads(database)
     app.state.revisions = Revisions.of_the_code()
     tokens = [Security(may_write)] if settings.api_tokens else []
     for resource in (transfer, heroes):  # In this order: /heroes/export is no hero's id.

@@ -47,6 +47,11 @@ pool_waiting = Gauge(
     "Units of work that wait for a connection.",
     multiprocess_mode="livesum",
 )
+hero_read_batch = Histogram(
+    "hero_read_batch_size",
+    "Reads of single heroes that shared a query.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 100),
+)
 database_errors = Counter(
     "database_errors",
     "Statements and connections that failed, by the class of the SQLSTATE, or none or timeout.",

@@ -17,7 +17,7 @@ import psycopg
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import insert
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_
 from sqlmodel import Session, SQLModel, select
 from typing_extensions import TypedDict
 
@@ -210,7 +210,7 @@ def load(session: Session, heroes: Iterable[NewHero]) -> int:
     driver: Any = session.connection().connection.driver_connection
     if isinstance(driver, psycopg.AsyncConnection):
         with _as_sqlalchemy_raises():
-            return int(await_only(_copy_beside_others(driver, rows)))
+            return int(await_(_copy_beside_others(driver, rows)))
     if isinstance(driver, psycopg.Connection):
         with _as_sqlalchemy_raises():
             return _copy(driver, rows)

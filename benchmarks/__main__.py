@@ -1,7 +1,7 @@
-"""`make bench`: this service, the tutorial's code and a hand-written peer, side by side in one run.
+"""`make bench`: this service, the tutorial's code and a hand-written peer, side by side.
 
-In each round each contestant answers each kind of request in turn, so that whatever else the machine
-does falls on all of them. What is reported is the median of the rounds.
+In each round each contestant answers each kind of request in turn, so that whatever else the
+machine does falls on all of them. What is reported is the median of the rounds.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def side_by_side(
                     results[operation][target.name].append(found)
                 print(
                     f"round {number} {operation:6} {target.name:9} {found['rate']:8.0f}/s"
-                    f" p99 {found['p99']:6.1f} ms, {found['cpu']:5.0f} µs, {found['errors']} errors",
+                    f" p99 {found['p99']:6.1f} ms, {found['cpu']:5.0f} µs,"
+                    f" {found['errors']} errors",
                     flush=True,
                 )
     return results
@@ -170,7 +171,7 @@ def machine(database: Postgres) -> dict[str, Any]:
         if line.startswith("model name")
     ]
     return {
-        "cpu": f"{os.cpu_count()} × {model[0] if model else platform.machine()}",
+        "cpu": f"{os.cpu_count()} cores, {model[0] if model else platform.machine()}",
         "python": platform.python_version(),
         "postgresql": database.version,
         "packages": {name: version(name) for name in PACKAGES},

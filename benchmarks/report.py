@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "heroes"
 
-GOALS = {
+GOALS: dict[str, dict[str, float]] = {
     "tutorial": {"read": 7, "list": 5, "create": 4, "update": 4},
     "asyncpg": {"read": 1.5, "list": 1.2, "create": 0.8},
 }
@@ -43,8 +43,8 @@ def _markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     parts = [
-        f"{machine['cpu']}, Python {machine['python']}, PostgreSQL {machine['postgresql']}, {packages}."
-        f" {result['rounds']} rounds of {result['seconds']} s each, medians.\n",
+        f"{machine['cpu']}, Python {machine['python']}, PostgreSQL {machine['postgresql']},"
+        f" {packages}. {result['rounds']} rounds of {result['seconds']} s each, medians.\n",
         _side_by_side(result["side by side"]),
         _ratios(result["side by side"]),
         "Memory of a worker at the end (PSS): "
@@ -141,8 +141,8 @@ def _observed(found: dict[str, Any]) -> str:
     rate = median(a["rate"] / b["rate"] for a, b in zip(ours, bare, strict=True))
     cpu = _of(ours, "cpu"), _of(bare, "cpu")
     return (
-        f"Reads with access log, metrics and request ids {name}: {rate:.2f} of the rate with {other},"
-        f" {cpu[0]:.0f} µs against {cpu[1]:.0f}.\n"
+        f"Reads with access log, metrics and request ids {name}: {rate:.2f} of the rate with"
+        f" {other}, {cpu[0]:.0f} µs against {cpu[1]:.0f}.\n"
     )
 
 

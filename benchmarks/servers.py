@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +51,8 @@ def run(command: list[str | Path], url: str) -> None:
     )
 
 
-# As it is delivered, but for room in its write-ahead log, or checkpoints would fall into some rounds
-# and not into others; and the extension that counts statements.
+# As it is delivered, but for room in its write-ahead log, or checkpoints would fall into some
+# rounds and not into others; and the extension that counts statements.
 _SETTINGS = [
     *("-c", "max_wal_size=8GB", "-c", "checkpoint_timeout=1h", "-c", f"port={_PORT}"),
     *("-c", "shared_preload_libraries=pg_stat_statements", "-c", "pg_stat_statements.track=none"),
@@ -89,11 +89,11 @@ def postgres() -> Iterator[Postgres]:
         subprocess.run([docker, "stop", container], check=True, capture_output=True)
 
 
-def wait_for(condition: object, seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            if condition():  # type: ignore[operator]
+            if condition():
                 return
         except OSError as error:
             reason: object = error
@@ -140,12 +140,17 @@ def service(name: str, port: int, url: str, log: Path) -> Iterator[Service]:
         "LOG_FORMAT": "json",
         "PYTHONPATH": str(ROOT),
     }
-    command = [BIN / "gunicorn", "--bind", f"127.0.0.1:{port}", *CONTESTANTS.get(name, BARE)]
+    command: list[str | Path] = [
+        BIN / "gunicorn",
+        "--bind",
+        f"127.0.0.1:{port}",
+        *CONTESTANTS.get(name, BARE),
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
     try:
         address = f"http://127.0.0.1:{port}/heroes/?limit=1"
-        wait_for(lambda: urllib.request.urlopen(address).status == 200)  # noqa: S310
+        wait_for(lambda: urllib.request.urlopen(address).status == 200)
         yield Service(name, port, process.pid)
     finally:
         process.terminate()

@@ -42,7 +42,7 @@ def test_a_bug_is_a_logged_500_with_its_id_and_the_connection_goes_on(
     def bug(*_: object) -> None:
         raise ZeroDivisionError("the bug")
 
-    monkeypatch.setattr(heroes, "get", bug)
+    monkeypatch.setattr(heroes, "get_all", bug)
     connection = service.connection()
     answer = connection.send("GET", "/heroes/1")
     assert answer.status == 500

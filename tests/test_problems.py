@@ -51,5 +51,5 @@ def test_errors_of_every_kind_are_problems_for_who_asks(
     def bug(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(heroes, "get", bug)
+    monkeypatch.setattr(heroes, "get_all", bug)
     assert problem(client, "GET", "/heroes/1")["detail"] == "Internal Server Error"

@@ -9,11 +9,10 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import metrics
+from app import logs, metrics
 from app.api.problems import respond
 from app.logs import request_id
 
-access = logging.getLogger("heroes.access")
 logger = logging.getLogger(__name__)
 
 # What a client may choose as its request's id: it is repeated in a header and in the log.
@@ -72,17 +71,6 @@ class Observe:
             ).observe(seconds)
             metrics.requests_in_progress.dec()
             path = scope["raw_path"].decode("ascii", "replace")
-            access.info(
-                "%s %s %s",
-                method,
-                path,
-                status,
-                extra={
-                    "method": method,
-                    "path": path,
-                    "status": status,
-                    "duration_ms": round(seconds * 1000, 2),
-                    "client": scope["client"][0] if scope["client"] else None,
-                },
-            )
+            client = scope["client"][0] if scope["client"] else None
+            logs.access(method, path, status, seconds, client)
             request_id.reset(token)

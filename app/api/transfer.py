@@ -7,7 +7,7 @@ from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,9 +18,9 @@ from app.api.bodies import IMPORT_LIMIT
 from app.api.dependencies import (
     AgeMax,
     AgeMin,
-    DatabaseDep,
     Name,
     check_ages,
+    database,
     each_query_parameter_once,
 )
 from app.database import Database
@@ -51,12 +51,10 @@ _PAGE = 1000
 @reads.get(
     "/export",
     response_class=Response,
-    dependencies=[Depends(each_query_parameter_once)],
     **documentation.EXPORT,
 )
 async def export_heroes(
     request: Request,
-    database: DatabaseDep,
     file_format: Annotated[
         Format | None, Query(alias="format", description="Goes before Accept")
     ] = None,
@@ -69,13 +67,14 @@ async def export_heroes(
     They are read page by page, so that a slow client holds neither a connection nor a snapshot:
     a hero that is there throughout is in it exactly once.
     """
+    each_query_parameter_once(request)
     check_ages(age_min, age_max)
     file_format = file_format or _accepted(request.headers.get("accept", ""))
     listing = Listing(_PAGE, name=name, age_min=age_min, age_max=age_max)
     # Before the answer begins, so that an error can still be one.
-    first = await database.statement(heroes.read, listing)
+    first = await database(request).statement(heroes.read, listing)
     return StreamingResponse(
-        _pages(database, listing, first, file_format),
+        _pages(database(request), listing, first, file_format),
         media_type=MEDIA_TYPES[file_format],
         headers={
             "Content-Disposition": f'attachment; filename="heroes.{file_format}"',
@@ -85,14 +84,12 @@ async def export_heroes(
 
 
 async def _pages(
-    database: Database, listing: Listing, page: list[HeroRow], file_format: Format
+    from_: Database, listing: Listing, page: list[HeroRow], file_format: Format
 ) -> AsyncIterator[bytes]:
     yield transfer.encode(page, file_format, header=True)
     while len(page) == listing.limit:
         last = page[-1].id
-        page = await database.statement(
-            heroes.read, listing._replace(after=Cursor("id", last, last))
-        )
+        page = await from_.statement(heroes.read, listing._replace(after=Cursor("id", last, last)))
         yield transfer.encode(page, file_format, header=False)
 
 
@@ -119,7 +116,6 @@ def _media_type(header: str) -> tuple[str, dict[str, str]]:
 @writes.post("/import", **documentation.IMPORT)
 async def import_heroes(
     request: Request,
-    database: DatabaseDep,
 ) -> JSONResponse:
     """Creates all heroes of the body, or none of them.
 
@@ -142,7 +138,7 @@ async def import_heroes(
         if await request.is_disconnected():
             raise HTTPException(400, "The client did not wait for the answer")
         spool.seek(0)
-        created = await database.long_transaction(_SECONDS, transfer.load, checked())
+        created = await database(request).long_transaction(_SECONDS, transfer.load, checked())
     return JSONResponse({"created": created})
 
 
