@@ -40,6 +40,11 @@ class HeroReads:
             self._send()
         return await found
 
+    async def close(self) -> None:
+        """Waits for the queries whose readers have all gone away: their connections are in use."""
+        while self._queries:
+            await asyncio.gather(*self._queries, return_exceptions=True)
+
     def _send(self) -> None:
         batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
         query = self._last = asyncio.create_task(self._query(batch))
@@ -58,6 +63,8 @@ class HeroReads:
     async def _query(self, batch: list[tuple[int, Future[HeroRow | None]]]) -> None:
         # Whoever has gone away meanwhile asks no more.
         batch = [(hero_id, found) for hero_id, found in batch if not found.done()]
+        if not batch:
+            return
         ids = list({hero_id for hero_id, _ in batch})
         metrics.hero_read_batch.observe(len(batch))
         try:

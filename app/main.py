@@ -33,12 +33,14 @@ def create_app(settings: Settings) -> FastAPI:
         pool_size=settings.database_pool_size,
         timeout=settings.database_timeout,
     )
+    hero_reads = HeroReads(database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         sampling = asyncio.create_task(_sample(database))
         yield
         sampling.cancel()
+        await hero_reads.close()
         await database.close()
 
     # FastAPI whose /docs loads Swagger UI from this service instead of a CDN.
@@ -58,7 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.database = database
-    app.state.hero_reads = HeroReads(database)
+    app.state.hero_reads = hero_reads
     app.state.revisions = Revisions.of_the_code()
     tokens = [Security(may_write)] if settings.api_tokens else []
     for resource in (transfer, heroes):  # In this order: /heroes/export is no hero's id.

@@ -43,9 +43,11 @@ Work = Callable[[Database, HeroReads], Awaitable[None]]
 def run(database_url: URL, work: Work, timeout: float = 5) -> None:
     async def with_database() -> None:
         database = Database(database_url, pool_size=4, timeout=timeout)
+        reads = HeroReads(database)
         try:
-            await work(database, HeroReads(database))
+            await work(database, reads)
         finally:
+            await reads.close()
             await database.close()
 
     asyncio.run(with_database())
@@ -126,6 +128,19 @@ def test_a_reader_that_goes_away_is_nothing_to_the_others(database_url: URL) -> 
         assert all(isinstance(each, asyncio.CancelledError) for each in found[::3])
         assert found[1::3] == rows
         assert found[2::3] == rows
+
+    run(database_url, work)
+
+
+def test_closing_waits_for_the_query_whose_readers_have_all_gone_away(database_url: URL) -> None:
+    async def work(database: Database, reads: HeroReads) -> None:
+        [row] = await create(database, 1)
+        reader = asyncio.create_task(reads.get(row.id))
+        while not (database.in_use or reader.done()):
+            await asyncio.sleep(0)
+        reader.cancel()
+        await reads.close()
+        assert database.in_use == 0
 
     run(database_url, work)
 
