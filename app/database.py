@@ -70,6 +70,8 @@ class Database:
     def __init__(self, url: URL, *, pool_size: int, timeout: float) -> None:
         self._timeout = timeout
         self._units = 0
+        # The pool's own queue lets those that come overtake those that wait, some for ever.
+        self._places = asyncio.Semaphore(pool_size)
         self._async_engine: AsyncEngine | None = None
         self._spawn: Callable[..., Awaitable[Any]]
         if url.get_backend_name() == "sqlite":
@@ -146,7 +148,8 @@ class Database:
             # answer even that gets no more patience: its connection is given up.
             async with asyncio.timeout(seconds + 0.5), asyncio.timeout(seconds):
                 deadline = time.monotonic() + seconds
-                result: T = await self._spawn(run, deadline, *args, **kwargs)
+                async with self._places:
+                    result: T = await self._spawn(run, deadline, *args, **kwargs)
                 return result
         except (TimeoutError, PoolTimeout) as error:
             metrics.database_errors.labels("timeout").inc()

@@ -120,6 +120,27 @@ def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> 
     assert 0.25 < asyncio.run(work()) < 0.9
 
 
+def test_units_of_work_get_their_connections_in_the_order_of_their_coming(
+    database_url: URL,
+) -> None:
+    """Or under load some would wait for ever, while later ones are served."""
+    done: list[int] = []
+
+    async def work() -> None:
+        database = Database(database_url, pool_size=1, timeout=5)
+
+        async def client(first: int) -> None:
+            for turn in range(3):
+                await database.statement(heroes.get, 1)
+                done.append(first + 10 * turn)
+
+        await asyncio.gather(*(client(first) for first in range(5)))
+        await database.close()
+
+    asyncio.run(work())
+    assert done == [first + 10 * turn for turn in range(3) for first in range(5)]
+
+
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 def test_a_statement_past_its_time_is_cancelled_on_the_server(
     database_url: URL, database: Engine

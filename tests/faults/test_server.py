@@ -87,17 +87,17 @@ def test_rolls_under_load_lose_no_request(server: Gunicorn, figures: list[str]) 
     assert load.slowest < 5
 
 
-def test_the_stock_worker_loses_requests_in_the_same_rolls(
+def test_the_stock_worker_loses_requests_in_such_rolls(
     database_url: URL, tmp_path: Path, figures: list[str]
 ) -> None:
     """The control: the load above does notice a lost request."""
     stock = ("--worker-class", "uvicorn_worker.UvicornWorker")
     with gunicorn(database_url, tmp_path, *stock) as server:
         with Load(server.port).running() as load:
-            for _ in range(ROLLS):
+            for _ in range(2):  # Enough: it loses some in each.
                 server.roll()
         total = load.answered + len(load.lost)
-        figures.append(f"{ROLLS} rolls, stock worker: {len(load.lost)} of {total} requests lost")
+        figures.append(f"2 rolls, stock worker: {len(load.lost)} of {total} requests lost")
         assert load.answered > 1000
         assert load.lost != []
 
