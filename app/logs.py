@@ -1,13 +1,14 @@
 """One log for all that runs in the process: a JSON object a line, or plain lines on a terminal."""
 
 import contextlib
-import json
 import logging
 import logging.config
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal
+from json.encoder import encode_basestring_ascii as encode
+from select import PIPE_BUF
+from typing import Any, Literal, NamedTuple
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 
@@ -36,35 +37,61 @@ def configure(level: str, format: Literal["json", "console"]) -> None:  # noqa: 
 _access = {"on": False, "json": False}
 
 
-def access(method: str, path: str, status: int, seconds: float, client: str | None) -> None:
-    """Writes the line of a request that was answered, as a logger of the name heroes.access would.
+class Answered(NamedTuple):
+    """What is known of a request when it has been answered."""
 
-    Straight to stderr: by way of `logging` it cost 40 µs, a fifth of a read; so it costs 6.
+    method: str
+    path: str
+    route: str
+    status: int
+    seconds: float
+    client: str | None
+    request_id: str
+
+
+def access(requests: list[Answered]) -> None:
+    """Writes a line for each, as a logger of the name heroes.access would.
+
+    Straight to stderr and many at once: one by one through `logging` they were a fifth of the cost
+    of a read.
     """
     if not _access["on"]:
         return
+    line_of = _json_line if _access["json"] else _console_line
     now = datetime.now(UTC)
-    if _access["json"]:
-        fields = {
-            "level": "INFO",
-            "logger": "heroes.access",
-            "message": f"{method} {path} {status}",
-            "timestamp": now.isoformat(),
-            "method": method,
-            "path": path,
-            "status": status,
-            "duration_ms": round(seconds * 1000, 2),
-            "client": client,
-            "request_id": request_id.get(),
-        }
-        line = json.dumps(fields)
-    else:
-        local = now.astimezone()
-        milliseconds = local.microsecond // 1000
-        line = f"{local:%F %T},{milliseconds:03d} INFO    {method} {path} {status}"
+    time = now.isoformat() if _access["json"] else f"{now.astimezone():%F %T,%f}"[:-3]
+    lines = ""
+    for request in requests:
+        line = line_of(time, request)
+        # Up to this size the kernel keeps what workers write into one pipe apart.
+        if len(lines) + len(line) > PIPE_BUF:
+            _write(lines)
+            lines = ""
+        lines += line
+    _write(lines)
+
+
+def _json_line(time: str, request: Answered) -> str:
+    # What came from outside is escaped; the rest is known to need none of it.
+    path, request_id = encode(request.path), encode(request.request_id)
+    client = "null" if request.client is None else encode(request.client)
+    return (
+        f'{{"level": "INFO", "logger": "heroes.access",'
+        f' "message": "{request.method} {path[1:-1]} {request.status}",'
+        f' "timestamp": "{time}", "method": "{request.method}", "path": {path},'
+        f' "status": {request.status}, "duration_ms": {request.seconds * 1000:.2f},'
+        f' "client": {client}, "request_id": {request_id}}}\n'
+    )
+
+
+def _console_line(time: str, request: Answered) -> str:
+    return f"{time} INFO    {request.method} {request.path} {request.status}\n"
+
+
+def _write(lines: str) -> None:
     # As with `logging`, a log that cannot be written is no reason to fail a request.
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(lines)
 
 
 def configuration(level: str, format: Literal["json", "console"]) -> dict[str, Any]:  # noqa: A002
