@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.processes import cpu_seconds, memory, tree
-from benchmarks.servers import CONTESTANTS, Postgres, Service, postgres, service
+from benchmarks.servers import BIN, CONTESTANTS, Postgres, Service, postgres, run, service
 
 HERE = Path(__file__).parent
 OPERATIONS = ("read", "list", "create", "update")
@@ -180,6 +180,35 @@ def machine(database: Postgres) -> dict[str, Any]:
     }
 
 
+def transfers(folder: Path, database: Postgres) -> dict[str, Any]:
+    """Seconds for a million heroes in and out: of our whole command, and what psql says of its."""
+    file = folder / "in.csv"
+    with file.open("w") as lines:
+        lines.write("name,age,secret_name\n")
+        lines.writelines(f"Hero {n},{n % 100},Secret {n}\n" for n in range(1_000_000))
+    columns = "(name, age, secret_name)"
+    rows = "(SELECT id, name, age FROM hero ORDER BY id)"
+
+    def command(*arguments: str | Path) -> float:
+        start = time.monotonic()
+        run([BIN / "heroes", *arguments], database.url)
+        return time.monotonic() - start
+
+    times: dict[str, Any] = {kind: {r"\copy": [], "heroes": []} for kind in ("import", "export")}
+    for _ in range(3):
+        database.empty()
+        times["import"][r"\copy"].append(
+            database.copy(f"hero {columns} FROM '{file}' (FORMAT csv, HEADER)", folder)
+        )
+        database.empty()
+        times["import"]["heroes"].append(command("import", file))
+        times["export"][r"\copy"].append(
+            database.copy(f"{rows} TO '{folder / 'psql.csv'}' (FORMAT csv, HEADER)", folder)
+        )
+        times["export"]["heroes"].append(command("export", folder / "own.csv"))
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -215,6 +244,7 @@ def main() -> None:
             result["growth"] = growth(
                 folder, database, [size for size in sizes if size <= options.largest], 3
             )
+            result["transfers"] = transfers(folder, database)
     shutil.rmtree(folder)
     report.write(result, HERE)
 

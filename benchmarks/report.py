@@ -15,14 +15,18 @@ GOALS: dict[str, dict[str, float]] = {
     "tutorial": {"read": 7, "list": 5, "create": 4, "update": 4},
     "asyncpg": {"read": 1.5, "list": 1.2, "create": 0.8},
 }
+_BEGIN, _END = "<!-- make bench writes this -->", "<!-- to here -->"
 COLORS = {"heroes": "#1b7f5c", "tutorial": "#b0b7c3", "asyncpg": "#5b7db1"}
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Writes result.json, result.md and result.svg."""
+    """Writes result.json, result.svg, and the tables into README.md between their two marks."""
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "result.md").write_text(_markdown(result))
     _plot(result, folder / "result.svg")
+    readme = folder / "README.md"
+    before, _, rest = readme.read_text().partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    readme.write_text(f"{before}{_BEGIN}\n{_markdown(result)}{_END}{after}")
 
 
 def _of(rounds: list[dict[str, float]], name: str) -> float:
@@ -57,6 +61,7 @@ def _markdown(result: dict[str, Any]) -> str:
             _connections(result["connections"]),
             _growth(result["growth"]),
             _observed(result["observed"]),
+            _transfers(result["transfers"]),
             "Cold start, from the command to the first answer: "
             + ", ".join(f"{name} {time:.1f} s" for name, time in result["cold start"].items())
             + ".\n",
@@ -144,6 +149,15 @@ def _observed(found: dict[str, Any]) -> str:
         f"Reads with access log, metrics and request ids {name}: {rate:.2f} of the rate with"
         f" {other}, {cpu[0]:.0f} µs against {cpu[1]:.0f}.\n"
     )
+
+
+def _transfers(found: dict[str, Any]) -> str:
+    rows = []
+    for kind, by in found.items():
+        copy, ours = (median(times) for times in by.values())
+        rows.append([kind, *(f"{seconds:.1f} s" for seconds in (ours, copy)), f"{copy / ours:.2f}"])
+    header = ["", "`heroes`, with its start", r"`\copy`", "rate to it"]
+    return "A million heroes by the command:\n\n" + _table(header, rows)
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:

@@ -32,12 +32,32 @@ class Postgres:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
+    def empty(self) -> None:
+        """Makes the table anew, and everything as at rest."""
+        self.execute("TRUNCATE hero RESTART IDENTITY")
+        self.execute("CHECKPOINT")
+
     def load(self, heroes: int) -> None:
         """Makes the table anew, with so many heroes, and everything as at rest."""
-        self.execute("TRUNCATE hero RESTART IDENTITY")
+        self.empty()
         run([BIN / "heroes", "seed", str(heroes)], self.url)
         self.execute("VACUUM ANALYZE hero")
         self.execute("CHECKPOINT")
+
+    def copy(self, what: str, folder: Path) -> float:
+        """Runs psql's `\\copy` with a file in the folder: the seconds, as psql counts them."""
+        done = subprocess.run(
+            [
+                *("docker", "run", "--rm", "--network", "host", "--volume", f"{folder}:{folder}"),
+                *("--user", f"{os.getuid()}:{os.getgid()}", "postgres:18"),
+                *("psql", self.url, "--command", r"\timing", "--command", rf"\copy {what}"),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        milliseconds = done.stdout.splitlines()[-1].split()[1]
+        return float(milliseconds) / 1000
 
     def statements(self) -> int:
         """How many statements the services have sent so far."""
