@@ -6,6 +6,7 @@ machine does falls on all of them. What is reported is the median of the rounds.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -63,9 +64,9 @@ def measured(
     before = cpu_seconds(target.pid), cpu_seconds(database.pid)
     result = wrk(target, operation, seconds, **load)
     after = cpu_seconds(target.pid), cpu_seconds(database.pid)
-    requests = result["requests"]
+    requests = result["requests"] or math.nan  # The tutorial's code can come to a stand.
     return {
-        "rate": requests / result["seconds"],
+        "rate": result["requests"] / result["seconds"],
         "p50": result["p50"],
         "p99": result["p99"],
         "errors": result["errors"],

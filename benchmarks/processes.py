@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+# Between the look at the folder and the read, and during the read.
+_GONE = (FileNotFoundError, ProcessLookupError)
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -17,7 +19,7 @@ def tree(root: int) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int(_stat(int(folder.name))[1])
-        except FileNotFoundError:
+        except _GONE:
             continue
     found = [root]
     for pid in found:
@@ -31,7 +33,7 @@ def cpu_seconds(root: int) -> float:
     for pid in tree(root):
         try:
             stat = _stat(pid)
-        except FileNotFoundError:
+        except _GONE:
             continue
         # utime and stime, and for the root alone what its ended children have taken.
         total += sum(int(ticks) for ticks in stat[11 : 15 if pid == root else 13])

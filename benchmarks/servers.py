@@ -61,7 +61,7 @@ class Postgres:
 
     def statements(self) -> int:
         """How many statements the services have sent so far."""
-        rows = self.execute("SELECT sum(calls)::int8 FROM pg_stat_statements")
+        rows = self.execute("SELECT coalesce(sum(calls), 0)::int8 FROM pg_stat_statements")
         return int(str(rows[0][0]))
 
 
