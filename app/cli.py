@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the heroes or a file were refused, 2 wrong usage or settin
 failed. Heroes go to stdout, everything else to stderr.
 """
 
+import gc
 import gzip
 import itertools
 import math
@@ -160,6 +161,9 @@ def _session() -> Iterator[Session]:
     try:
         with Session(engine) as session:
             Revisions.of_the_code().check(session)
+            # What is loaded stays: the garbage collector need not look through it again and again,
+            # which was half of an export's time.
+            gc.freeze()
             yield session
     finally:
         engine.dispose()

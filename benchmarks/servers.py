@@ -65,10 +65,13 @@ class Postgres:
         return int(str(rows[0][0]))
 
 
-def run(command: list[str | Path], url: str) -> None:
-    subprocess.run(
-        command, check=True, cwd=ROOT, env=os.environ | {"DATABASE_URL": url}, capture_output=True
+def run(command: list[str | Path], url: str) -> str:
+    """Runs it on the database; what it said on stderr."""
+    environment = os.environ | {"DATABASE_URL": url}
+    done = subprocess.run(
+        command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True
     )
+    return done.stderr
 
 
 # As it is delivered, but for room in its write-ahead log, or checkpoints would fall into some
