@@ -97,9 +97,7 @@ def side_by_side(
 
 def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
     """SQL statements a request, BEGIN and COMMIT included, as the server counts them."""
-    database.execute("ALTER SYSTEM SET pg_stat_statements.track = 'top'")
-    database.execute("SELECT pg_reload_conf()")
-    time.sleep(1)
+    database.count_statements("top")
     counts: dict[str, Any] = {}
     for operation in OPERATIONS:
         for target in services:
@@ -107,8 +105,7 @@ def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
             requests = wrk(target, operation, 2, CONNECTIONS, HEROES)["requests"]
             sent = database.statements() - before - 1
             counts.setdefault(operation, {})[target.name] = sent / requests
-    database.execute("ALTER SYSTEM RESET pg_stat_statements.track")
-    database.execute("SELECT pg_reload_conf()")
+    database.count_statements("none")
     return counts
 
 

@@ -126,6 +126,12 @@ def test_seeding_makes_the_same_heroes_each_time(database_url: URL, database: En
     assert len(set(found)) == 1500
     assert {age is None for _, age, _ in found} == {True, False}
 
+    exported = heroes(database_url, "export", "-", "--format", "csv").stdout.decode()
+    assert exported == "id,name,age\r\n" + "".join(
+        f"{number},{name},{'' if age is None else age}\r\n"
+        for number, (name, age, _) in enumerate(found, 1)
+    )
+
 
 def test_wrong_usage_and_settings_are_exit_code_2(tmp_path: Path) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
