@@ -42,8 +42,8 @@ class HeroReads:
 
     async def close(self) -> None:
         """Waits for the queries whose readers have all gone away: their connections are in use."""
-        while self._queries:
-            await asyncio.gather(*self._queries, return_exceptions=True)
+        if self._queries:
+            await asyncio.wait(self._queries)
 
     def _send(self) -> None:
         batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]

@@ -141,6 +141,9 @@ def test_closing_waits_for_the_query_whose_readers_have_all_gone_away(database_u
         reader.cancel()
         await reads.close()
         assert database.in_use == 0
+        # Once more at the very moment at which a query ends.
+        assert await reads.get(row.id) == row
+        await reads.close()
 
     run(database_url, work)
 
