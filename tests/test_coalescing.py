@@ -108,7 +108,10 @@ def test_reads_do_not_wait_for_a_query_that_is_late(database_url: URL, database:
             others = [asyncio.create_task(reads.get(row.id)) for _ in range(10)]
             await asyncio.sleep(0.2)
             waiting = observer.execute(
-                text("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'relation'")
+                text(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND wait_event = 'relation'"
+                )
             ).scalar_one()
             assert waiting == 3  # The late one, one more at once, and the rest together.
             holder.execute(text("COMMIT"))

@@ -118,7 +118,10 @@ def test_term_finishes_the_requests_in_flight_and_says_close(
         holder.execute(text("LOCK TABLE hero"))
         for thread in threads:
             thread.start()
-        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
         with database.connect() as beside:
             server.wait_for(lambda: beside.execute(waiting).scalar_one() == len(threads))
         os.kill(server.pid, signal.SIGTERM)
