@@ -1,27 +1,35 @@
-# `make` alone says what there is.
+# `make` prints the commands.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTHON ?= python3
 BIN := .venv/bin
+T ?= tests
 
-.PHONY: help install run test lock bench
+.PHONY: help install run test check lint format lock bench
 
 help:
-	@echo "make run      serve on http://$(HOST):$(PORT), on SQLite unless DATABASE_URL says otherwise"
-	@echo "make test     every check: lint, types, floors, tests on SQLite and on a throwaway PostgreSQL"
-	@echo "make install  make .venv from the hashed lock"
-	@echo "make bench    this service, the tutorial's and a hand-written one side by side (docker and wrk)"
-	@echo "make lock     resolve the dependencies anew into the hashed locks"
+	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
+	@echo "make test     checks, and the tests on SQLite and on a throwaway PostgreSQL; T=FILE runs some"
+	@echo "make check    lint, types and layers"
+	@echo "make lint     ruff"
+	@echo "make format   ruff's formatter"
+	@echo "make install  create .venv from the hashed lock"
+	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
+	@echo "make lock     resolve the dependencies into the hashed locks"
 
-install: .venv/installed
+install: .venv/project
 
-# The environment is made anew when a lock changes, so that it never holds what the lock does not.
-.venv/installed: requirements-dev.txt pyproject.toml
+# A new environment per lock, so that it contains only the packages of the lock.
+.venv/installed: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.txt
+	@touch $@
+
+# The project itself takes seconds, so a change of pyproject.toml does not rebuild the environment.
+.venv/project: .venv/installed pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -29,15 +37,23 @@ run: install
 	$(BIN)/alembic upgrade head
 	exec $(BIN)/uvicorn app.main:app --host $(HOST) --port $(PORT)
 
-test: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
-	$(BIN)/pytest --numprocesses auto --dist loadfile
 
-# What only the benchmark needs is installed beside the rest.
+test: check
+	$(BIN)/pytest --numprocesses auto --dist loadfile $(T)
+
+# Adds the packages that only the benchmark needs.
 bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -1,46 +1,70 @@
-"""Runs the migrations on the database that the environment names. What it takes to do so on a live
-one is in app/migrations.py."""
+"""Run the migrations on the database of `DATABASE_URL` or `MIGRATION_DATABASE_URL`.
+
+app/db/migrations.py has the parts that make this safe on a live database.
+"""
 
 from typing import Any
 
+from alembic import command, context
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 
-from alembic import command, context
-from app import (
-    logs,
-    migrations,
-    models,  # noqa: F401  (fills SQLModel.metadata)
-)
+# The imports of models and idempotency fill SQLModel.metadata.
+from app import models  # noqa: F401
+from app.db import idempotency, migrations  # noqa: F401
 from app.settings import from_environment
+from app.telemetry import logs
 
 settings = from_environment()
 logs.configure(settings.log_level, settings.log_format)
-# Not through alembic's own configuration, where a % in a password would be an interpolation.
+# Not in alembic's own configuration, which would interpolate a % in a password.
 url = settings.migration_database_url or settings.database_url
 on_sqlite = url.get_backend_name() == "sqlite"
+arguments: Any = context.config.cmd_opts
+invoked = getattr(arguments, "cmd", [None])[0]
+
+
+def number(_: Any, __: Any, scripts: Any) -> None:
+    """Give a new revision the next number, unless the operator passed `--rev-id`."""
+    if not getattr(arguments, "rev_id", None):
+        revisions = [script.revision for script in context.script.walk_revisions()]
+        last = max((int(revision) for revision in revisions if revision.isdigit()), default=0)
+        scripts[0].rev_id = f"{last + 1:04}"
+
 
 options: dict[str, Any] = {
+    "process_revision_directives": number,
     "target_metadata": SQLModel.metadata,
-    # SQLite changes a table by making it anew, which is safe in a transaction.
+    # SQLite changes a table by rebuilding it, which is safe in a transaction.
     "render_as_batch": on_sqlite,
     "transactional_ddl": True,
-    # A failed revision leaves nothing of itself and those before it in place. On SQLite all of an
-    # upgrade is one transaction, whose write lock also holds off other migrators.
+    # A failed revision is rolled back, and the revisions before it stay. On SQLite the upgrade is
+    # one transaction, whose write lock also keeps other migrators waiting.
     "transaction_per_migration": not on_sqlite,
 }
 
 
+def needs_no_database() -> bool:
+    """Return whether the command only reads and writes revision files.
+
+    `revision_environment` in alembic.ini runs this file for such commands too. With a connection,
+    they would fail if the database is down, and alembic would create its version table.
+    """
+    if invoked is command.history:
+        return not arguments.indicate_current and "current" not in (arguments.rev_range or "")
+    return invoked is command.merge or (invoked is command.revision and not arguments.autogenerate)
+
+
 def run_offline() -> None:
-    """Writes the SQL instead of running it: `alembic upgrade head --sql`."""
+    """Write the SQL instead of running it: `alembic upgrade head --sql`."""
     context.configure(url=url, literal_binds=True, dialect_opts={"paramstyle": "named"}, **options)
     with context.begin_transaction():
         context.run_migrations()
 
 
 def run_online() -> None:
-    """Runs the migrations, alone and again where a lock was not to be had."""
+    """Run the migrations as the only migrator, and again after a lock timeout."""
     engine = migrations.engine(url)
     if on_sqlite:
         migrations.use_write_ahead_log(engine)
@@ -53,32 +77,34 @@ def run_online() -> None:
                     context.run_migrations()
 
     with migrations.only_migrator(engine):
-        migrations.with_short_locks(run)
+        migrations.retry_on_lock_timeout(run)
 
 
 def is_newer() -> bool:
-    """Whether a release newer than this code has upgraded the database: then it is left alone.
+    """Return whether a newer release has upgraded the database. Then `upgrade` does nothing.
 
-    So that going back to the release before is possible: its `alembic upgrade head` has nothing to
-    do, and its code works on the newer schema.
+    This makes it possible to go back to the previous release: its code works on the newer schema.
     """
-    if getattr(context.config.cmd_opts, "cmd", [None])[0] is not command.upgrade:
+    if invoked is not command.upgrade:
         return False
     known = {script.revision for script in context.script.walk_revisions()}
     newer = set(context.get_context().get_current_heads()) - known
     if newer:
         migrations.logger.warning(
-            "The database is at %s, which this code does not know: it is left to the newer release",
+            "The database is at %s, which this code does not know: a newer release has upgraded it",
             ", ".join(sorted(newer)),
         )
     return bool(newer)
 
 
 try:
-    if context.is_offline_mode():
+    if needs_no_database():
+        context.configure(url=url, as_sql=True, **options)
+        context.run_migrations()
+    elif context.is_offline_mode():
         run_offline()
     else:
         run_online()
 except DBAPIError as error:
-    # One line instead of a traceback: it is the database's doing, not the code's.
+    # One line instead of a traceback, because the code is not the cause.
     raise CommandError(str(error.orig).splitlines()[0]) from error

@@ -5,14 +5,14 @@ Revises: ${down_revision | comma,n}
 Create Date: ${create_date}
 """
 
-# Every revision runs while the release before is serving: docs/migrations.md says how. A statement
-# waits 500 ms for its lock, then the whole revision is tried again.
+# The previous release is serving while this runs: see docs/migrations.md. A statement waits 500 ms
+# for its lock. Then the whole revision is tried again.
 
 import sqlalchemy as sa
 import sqlmodel
-
 from alembic import op
-from app.migrations import add_checks, backfill, create_index, drop_index
+
+from app.db.migrations import add_checks, backfill, create_index, drop_index
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

@@ -1,4 +1,4 @@
-"""`python -m app` is the command `heroes`."""
+"""Make `python -m app` the same as the command `heroes`."""
 
 from app.cli import main
 

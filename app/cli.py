@@ -1,7 +1,7 @@
-"""The command `heroes`: many heroes at once, straight into `DATABASE_URL` and out of it.
+"""The command `heroes`: import, export and sample rows, directly with the database.
 
-Exit codes: 0 done, 1 the heroes or a file were refused, 2 wrong usage or settings, 3 the database
-failed. Heroes go to stdout, everything else to stderr.
+Exit codes: 0 success, 1 the rows or a file were refused, 2 wrong usage or settings, 3 the database
+failed. Rows go to stdout, everything else to stderr.
 """
 
 import gc
@@ -22,20 +22,24 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
-from app import heroes, transfer
-from app.database import sqlstate
+from app import NAME
+from app.db.engine import sqlstate
+from app.db.revisions import Revisions
 from app.errors import ImportRefused, SchemaBehind
-from app.heroes import Listing
-from app.revisions import Revisions
+from app.heroes import heroes, sample
 from app.settings import from_environment
-from app.transfer import Format, NewHero
+from app.transfer.copy import dump, load
+from app.transfer.formats import Format, Row, encode_rows, read_rows
+
+_BEHIND = "the schema is behind, run alembic upgrade head"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 _FORMATS: dict[str, Format] = {".ndjson": "ndjson", ".jsonl": "ndjson", ".csv": "csv"}
 _FILES = "*.ndjson or *.csv, or one of them with .gz, or - for the standard stream"
 FormatOption = Annotated[
-    Format | None, typer.Option("--format", help="If the file's name does not say; - is ndjson.")
+    Format | None,
+    typer.Option("--format", help="The default depends on the file's name. For - it is ndjson."),
 ]
 
 
@@ -44,16 +48,16 @@ def import_(
     file: Annotated[Path, typer.Argument(help=_FILES)],
     file_format: FormatOption = None,
 ) -> None:
-    """Create all heroes of FILE, or none of them when one is wrong."""
+    """Create all heroes of FILE, or none if a line is wrong."""
     file_format = _format(file, file_format)
-    with _failures(file), _session() as session, _input(file) as (source, size):
-        found = transfer.heroes_in(source, file_format, gzipped=file.suffix == ".gz")
+    with _errors_as_lines(file), _session() as session, _input(file) as (source, size):
+        rows = read_rows(heroes.create_model, source, file_format, gzipped=file.suffix == ".gz")
         start = time.monotonic()
-        with _progress(size) as tell:
-            at = source.tell if size else None
-            count = transfer.load(session, _told(found, tell, at))
+        with _progress(size) as report:
+            position = source.tell if size else None
+            count = load(session, heroes, _reported(rows, report, position))
         session.commit()
-        _say("Imported", count, start)
+        _summarize("Imported", count, start)
 
 
 @app.command()
@@ -61,60 +65,51 @@ def export(
     file: Annotated[Path, typer.Argument(help=_FILES)],
     file_format: FormatOption = None,
 ) -> None:
-    """Write all heroes, as they are at one moment and without their secrets, to FILE."""
+    """Write all heroes to FILE: one snapshot, without secrets."""
     file_format = _format(file, file_format)
-    with _failures(file), _session() as session, _output(file) as out:
+    with _errors_as_lines(file), _session() as session, _output(file) as out:
         start = time.monotonic()
-        out.write(transfer.encode((), file_format, header=True))
+        out.write(encode_rows((), heroes.names, file_format, header=True))
         count = 0
-        with _progress(heroes.count(session, Listing(0))) as tell:
-            for more, lines in transfer.dump(session, file_format):
+        with _progress(heroes.count(session, {})) as report:
+            for more, lines in dump(session, heroes, file_format):
                 out.write(lines)
                 count += more
-                tell(count, count)
+                report(count, count)
         out.flush()
-        _say("Exported", count, start)
+        _summarize("Exported", count, start)
 
 
 @app.command()
 def seed(
     number: Annotated[int, typer.Argument(min=1, metavar="N")],
 ) -> None:
-    """Create N made-up heroes, the same ones each time."""
-    with _failures(), _session() as session:
+    """Create N sample heroes, the same ones each time."""
+    with _errors_as_lines(), _session() as session:
         start = time.monotonic()
-        with _progress(number) as tell:
-            count = transfer.load(session, _told(_made_up(number), tell))
+        with _progress(number) as report:
+            count = load(session, heroes, _reported(sample(number), report))
         session.commit()
-        _say("Created", count, start)
-
-
-_FIRST = ("Captain", "Doctor", "Iron", "Lady", "Midnight", "Silver", "Star", "Young")
-_SECOND = ("Comet", "Falcon", "Lantern", "Panther", "Raven", "Spider", "Storm", "Tarantula", "Wasp")
-
-
-def _made_up(number: int) -> Iterator[NewHero]:
-    for n in range(1, number + 1):
-        name = f"{_FIRST[n % len(_FIRST)]} {_SECOND[n % len(_SECOND)]} {n}"
-        age = None if n % 10 == 0 else 16 + n * 7 % 80
-        yield {"name": name, "age": age, "secret_name": f"Secret {n}"}
+        _summarize("Created", count, start)
 
 
 def _format(file: Path, given: Format | None) -> Format:
-    """What was given, or what the file's name says. Raises `BadParameter` where neither does."""
+    """Return the given format or that of the file's name. Raises `BadParameter` without either."""
     if given:
         return given
     if str(file) == "-":
         return "ndjson"
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if suffix not in _FORMATS:
-        raise typer.BadParameter(f"the name {file.name} does not say it", param_hint="--format")
+        raise typer.BadParameter(
+            f"the name {file.name} does not show the format", param_hint="--format"
+        )
     return _FORMATS[suffix]
 
 
 @contextmanager
-def _failures(file: Path | None = None) -> Iterator[None]:
-    """Ends the command with a line for each thing that is wrong, and its exit code."""
+def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
+    """End the command with one line per error, and its exit code."""
     code = 3
     try:
         yield
@@ -124,32 +119,32 @@ def _failures(file: Path | None = None) -> Iterator[None]:
         for wrong in refused.errors:
             where = f"{file}:{wrong.line}" + (f": {wrong.field}" if wrong.field else "")
             typer.echo(f"{where}: {wrong.message}", err=True)
-        typer.echo("heroes: nothing was imported", err=True)
+        typer.echo(f"{NAME}: nothing was imported", err=True)
     except BrokenPipeError:
-        # The reader has what it wants. Python would complain when it flushes stdout at its end.
+        # The reader has closed the pipe. Without this, Python would report it again at exit.
         code = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         code = 1
-        typer.echo(f"heroes: {file}: {error.strerror or error}", err=True)
+        typer.echo(f"{NAME}: {file}: {error.strerror or error}", err=True)
     except SchemaBehind as error:
-        typer.echo(f"heroes: the schema is behind, run alembic upgrade head: {error}", err=True)
+        typer.echo(f"{NAME}: {_BEHIND}: {error}", err=True)
     except DBAPIError as error:
         if sqlstate(error.orig) in ("42P01", "42703"):
-            typer.echo("heroes: the schema is behind, run alembic upgrade head", err=True)
+            typer.echo(f"{NAME}: {_BEHIND}", err=True)
         else:
-            # The first line alone: the server's detail quotes the row, secret name included.
+            # Only the first line: the server's detail quotes the row, secrets included.
             reason = str(error.orig).splitlines()[0]
-            typer.echo(f"heroes: the database failed: {reason}", err=True)
+            typer.echo(f"{NAME}: the database failed: {reason}", err=True)
     raise typer.Exit(code)
 
 
 @contextmanager
 def _session() -> Iterator[Session]:
-    """A transaction on the service's database, whose schema is this code's."""
+    """Yield a transaction on the service's database. Raises `SchemaBehind`."""
     settings = from_environment()
     postgresql = {
-        "application_name": "heroes",
+        "application_name": NAME,
         "connect_timeout": math.ceil(settings.database_timeout),
     }
     is_sqlite = settings.database_url.get_backend_name() == "sqlite"
@@ -161,8 +156,8 @@ def _session() -> Iterator[Session]:
     try:
         with Session(engine) as session:
             Revisions.of_the_code().check(session)
-            # What is loaded stays: the garbage collector need not look through it again and again,
-            # which was half of an export's time.
+            # Excludes the objects loaded so far from garbage collection, which took half of an
+            # export's time.
             gc.freeze()
             yield session
     finally:
@@ -171,7 +166,7 @@ def _session() -> Iterator[Session]:
 
 @contextmanager
 def _input(file: Path) -> Iterator[tuple[IO[bytes], int | None]]:
-    """The file to read, and its size where it has one."""
+    """Yield the file to read, and its size if it has one."""
     if str(file) == "-":
         yield sys.stdin.buffer, None
         return
@@ -181,7 +176,7 @@ def _input(file: Path) -> Iterator[tuple[IO[bytes], int | None]]:
 
 @contextmanager
 def _output(file: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """The file to write, which is there when all of it is."""
+    """Yield the file to write. It appears under its name only when it is complete."""
     if str(file) == "-":
         yield sys.stdout.buffer
         return
@@ -210,40 +205,43 @@ def _umask() -> int:
     return umask
 
 
-_Tell = Callable[[int, int], None]
+_Report = Callable[[int, int], None]
 
 
 @contextmanager
-def _progress(length: int | None) -> Iterator[_Tell]:
-    """Tells of so many heroes, at this position of `length`: on a terminal a bar, else lines."""
+def _progress(length: int | None) -> Iterator[_Report]:
+    """Yield a function that reports a number of rows and the position of them within `length`.
+
+    It draws a bar on a terminal, and writes lines elsewhere.
+    """
     terminal = sys.stderr.isatty()
-    # Without a length the bar has no end, as the iterable that it would otherwise go through.
+    # Without a length the bar needs an endless iterable.
     endless = itertools.count() if length is None else None
     with typer.progressbar(endless, length, hidden=not terminal, file=sys.stderr) as bar:
 
-        def tell(count: int, position: int) -> None:
+        def report(count: int, position: int) -> None:
             bar.update(position - bar.pos)
             if not terminal and count % 100_000 == 0:
-                typer.echo(f"{count} heroes", err=True)
+                typer.echo(f"{count} {NAME}", err=True)
 
-        yield tell
+        yield report
 
 
-def _told(
-    new: Iterable[NewHero], tell: _Tell, position: Callable[[], int] | None = None
-) -> Iterator[NewHero]:
-    for count, hero in enumerate(new, 1):
-        yield hero
+def _reported(
+    rows: Iterable[Row], report: _Report, position: Callable[[], int] | None = None
+) -> Iterator[Row]:
+    for count, row in enumerate(rows, 1):
+        yield row
         if count % 1000 == 0:
-            tell(count, position() if position else count)
+            report(count, position() if position else count)
 
 
-def _say(done: str, count: int, start: float) -> None:
+def _summarize(done: str, count: int, start: float) -> None:
     seconds = time.monotonic() - start
-    rate = f"{count / seconds:,.0f} a second"
-    typer.echo(f"{done} {count} heroes in {seconds:.1f} s, {rate}", err=True)
+    rate = f"{count / seconds:,.0f} per second"
+    typer.echo(f"{done} {count} {NAME} in {seconds:.1f} s, {rate}", err=True)
 
 
 def main() -> None:
-    """The entry point of `heroes` and `python -m app`."""
-    app(prog_name="heroes")
+    """Run the command: the entry point of `heroes` and `python -m app`."""
+    app(prog_name=NAME)

@@ -1,22 +1,22 @@
-"""What can go wrong, one small class each; `app.api.problems` says how each is answered."""
+"""One small exception class per failure. `app.api.exception_handlers` maps each to a response."""
 
 from typing import NamedTuple
 
 
-class HeroNotFound(Exception):
-    """There is no hero with this id."""
+class NotFound(Exception):
+    """There is no row with this id. The message is for the client."""
 
 
-class HeroChanged(Exception):
-    """The hero is not at the version that the client knows."""
+class Changed(Exception):
+    """The row exists but does not match `If-Match`. The message is for the client."""
 
 
 class KeyReused(Exception):
-    """The idempotency key was used with another body."""
+    """The idempotency key was used before with another body."""
 
 
 class LineError(NamedTuple):
-    """What is wrong in an import: in this line, counted from 1, and in this member of it if any."""
+    """One error in an import: its line, counted from 1, and its field if it concerns one."""
 
     line: int
     field: str | None
@@ -25,32 +25,32 @@ class LineError(NamedTuple):
 
 
 class ImportRefused(Exception):
-    """Lines of an import are wrong: `errors` has the first of them."""
+    """The import has wrong lines. `errors` lists at most `MAX_ERRORS`, in order."""
 
     def __init__(self, errors: list[LineError]) -> None:
         super().__init__(errors)
         self.errors = errors
 
 
-class ImportTooLong(Exception):
-    """An import has more bytes than is taken, after it was decompressed."""
+class ImportTooLarge(Exception):
+    """The import has more bytes than allowed, counted after decompression."""
 
 
 class NotAuthenticated(Exception):
-    """A write came without a token, or with one that is not among `API_TOKENS`."""
+    """The request has no token, or an unknown one."""
 
 
 class NotAuthorized(Exception):
-    """A write came with a valid token whose scope does not allow it."""
+    """The token is valid, but its scope does not allow the request."""
 
 
 class Draining(Exception):
-    """This worker takes no new connections: it answers what it has and stops."""
+    """This worker accepts no new connections. It completes its open requests and stops."""
 
 
 class DatabaseTimeout(Exception):
-    """A unit of work took longer than `DATABASE_TIMEOUT`."""
+    """A database call took longer than its timeout."""
 
 
 class SchemaBehind(Exception):
-    """The database's schema is older than the code: its migrations have not been run."""
+    """The database's schema is older than the code: migrations have not been run."""

@@ -1,18 +1,17 @@
-"""The tutorial's models, with the bounds that a service on the open network needs."""
+"""The tutorial's models, with the limits that a public service needs."""
 
-from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, StringConstraints
+from pydantic import BeforeValidator, GetCoreSchemaHandler, StringConstraints
 from pydantic_core import PydanticCustomError
-from sqlalchemy import BigInteger, CheckConstraint, DateTime, Index, Integer, String
+from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, String
+from sqlalchemy.orm import declared_attr
 from sqlmodel import Field, SQLModel
 
 INT4_MAX = 2**31 - 1
-INT8_MAX = 2**63 - 1
 
-# PostgreSQL's own names for what has no name, so that a database that the tutorial's `create_all`
-# made already has the names that migrations rely on. This must stand before the first model.
+# PostgreSQL's own default names. A database made by the tutorial's `create_all` has them, and
+# migrations rely on them. Must be set before the first model.
 SQLModel.metadata.naming_convention = {
     "ix": "ix_%(column_0_N_label)s",
     "uq": "%(table_name)s_%(column_0_N_name)s_key",
@@ -21,84 +20,96 @@ SQLModel.metadata.naming_convention = {
     "pk": "%(table_name)s_pkey",
 }
 
-# PostgreSQL cannot store NUL in a text. Lone surrogates, which UTF-8 cannot carry, are refused by
-# pydantic itself as soon as a string has a pattern.
+# PostgreSQL cannot store NUL in text. The pattern also makes pydantic refuse lone surrogates,
+# which UTF-8 cannot encode.
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
 
 
-def _number(value: object) -> object:
-    """Refuses what pydantic would turn into a number: true and "42"."""
+def _refuse_bool_and_str(value: object) -> object:
     if isinstance(value, bool | str):
         raise PydanticCustomError("int_type", "Input should be a valid integer")
     return value
 
 
-Age = Annotated[int, Field(ge=0, le=INT4_MAX), BeforeValidator(_number)]
+# Without pydantic's conversion of true and "42" to numbers.
+Age = Annotated[int, Field(ge=0, le=INT4_MAX), BeforeValidator(_refuse_bool_and_str)]
+
+
+class NotNull:
+    """Marks an optional member of an update that must not be null: its column is NOT NULL."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        """Return the schema of X for the annotation `X | None`."""
+        return handler(source)["schema"]
+
+
+class Row(SQLModel):
+    """The columns that every table of the API has."""
+
+    # SQLite requires the type name INTEGER for its 64-bit row ids.
+    id: int | None = Field(
+        default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite")
+    )
+    # The number of writes of the row, which is its ETag. The default in the database is for
+    # writers that do not know the column: the previous release and the tutorial's code.
+    version: int = Field(default=1, sa_column_kwargs={"server_default": "1"})
+
+    @declared_attr.directive
+    def __mapper_args__(cls) -> dict[str, Any]:  # noqa: N805
+        """Let the ORM count writes too: https://docs.sqlalchemy.org/orm/versioning.html."""
+        return {"version_id_col": cls.__table__.c.version}  # type: ignore[attr-defined]
 
 
 class HeroBase(SQLModel):
-    """What is public and writable of a hero."""
+    """The public members of a hero that clients write."""
 
-    # The column stays without a length, as in the tutorial: a length is a rule for new rows, and
-    # in the column's type it would refuse a table that has older, longer ones.
+    # The column has no length, as in the tutorial. A length in the type would refuse an existing
+    # table with longer names.
     name: Text = Field(sa_type=String)
     age: Age | None = None
 
 
-class Hero(HeroBase, table=True):
+class Hero(HeroBase, Row, table=True):
     """A row of the table `hero`."""
 
     __table_args__ = (
-        # What the API promises, kept also from those who write past it.
+        # The limits above, enforced for every writer.
         CheckConstraint("length(name) BETWEEN 1 AND 200", name="name_length"),
         CheckConstraint("length(secret_name) BETWEEN 1 AND 200", name="secret_name_length"),
         CheckConstraint("age >= 0", name="age_not_negative"),
-        # The tutorial's two, with the id, by which a list is in a total order.
+        # The tutorial's two indexes, extended by the id: lists are in a total order.
         Index("ix_hero_name_id", "name", "id"),
         Index("ix_hero_age_id", "age", "id"),
     )
 
-    # SQLite's INTEGER PRIMARY KEY has 64 bits already, and must be called so.
-    id: int | None = Field(
-        default=None, primary_key=True, sa_type=BigInteger().with_variant(Integer, "sqlite")
-    )
     secret_name: str
-    # How often the row was written. It has a default in the database for those who do not know it:
-    # the release before, and the tutorial's own code.
-    version: int = Field(default=1, sa_column_kwargs={"server_default": "1"})
-
-
-class IdempotencyKey(SQLModel, table=True):
-    """A row of the table `idempotency_key`: a create that has been made, for its retries."""
-
-    __tablename__ = "idempotency_key"
-
-    key: str = Field(primary_key=True)
-    fingerprint: str
-    # Null only within the transaction that claims the key.
-    answer: str | None = None
-    created_at: datetime = Field(index=True, sa_type=DateTime(timezone=True))
 
 
 class HeroPublic(HeroBase):
-    """A hero as the API shows it: never with `secret_name`."""
+    """A hero in responses. `secret_name` is never part of it."""
+
+    model_config = {"json_schema_extra": {"examples": [{"name": "Rusty-Man", "age": 48, "id": 2}]}}
 
     id: int
 
 
 class HeroCreate(HeroBase):
-    """A hero to be made."""
+    """The body of a create, and a line of an import."""
+
+    model_config = {
+        "json_schema_extra": {
+            "examples": [{"name": "Rusty-Man", "age": 48, "secret_name": "Tommy Sharp"}]
+        }
+    }
 
     secret_name: Text
 
 
 class HeroUpdate(SQLModel):
-    """The members of a hero to be changed; those left out stay as they are.
+    """The members of a hero to change. Members that are left out stay as they are."""
 
-    `name` and `secret_name` may be left out but not be null: their columns are NOT NULL.
-    """
+    model_config = {"json_schema_extra": {"examples": [{"age": 49}]}}
 
-    # By a factory, because OpenAPI would show null as the default.
-    name: Text = Field(default_factory=lambda: None)
+    name: Annotated[Text | None, NotNull()] = None
     age: Age | None = None
-    secret_name: Text = Field(default_factory=lambda: None)
+    secret_name: Annotated[Text | None, NotNull()] = None

@@ -1,4 +1,4 @@
-"""The environment, read once."""
+"""Settings, read from the environment once."""
 
 import os
 import re
@@ -11,14 +11,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-# user:password@ is optional, and so is the part behind the hosts.
+from app import NAME
+
+# Optional are user:password@ before the hosts, and the rest after them.
 _SEVERAL_HOSTS = re.compile(
     r"^(?P<before>[^/]+://(?:[^@/]*@)?)(?P<hosts>[^@/?]*,[^@/?]*)(?P<after>.*)$"
 )
 
 
 def _database_url(value: object) -> URL:
-    """The URL for SQLAlchemy: psycopg 3 for PostgreSQL, several hosts as SQLAlchemy has them."""
+    """Return the URL for SQLAlchemy: with psycopg 3, and several hosts as query parameters."""
     if isinstance(value, URL):
         return value
     text = str(value)
@@ -38,7 +40,7 @@ def _database_url(value: object) -> URL:
 
 
 class Token(NamedTuple):
-    """Who may write: the holder of the token whose SHA-256, in hexadecimal, is `digest`."""
+    """An entry of `API_TOKENS`. `digest` is the SHA-256 of the token in hexadecimal."""
 
     name: str
     scope: Literal["read", "write"]
@@ -52,13 +54,13 @@ def _tokens(value: object) -> tuple[Token, ...]:
     if not isinstance(value, str):
         return tuple(value)  # type: ignore[arg-type]
     entries = [_TOKEN.fullmatch(entry) for entry in value.replace(",", " ").split()]
-    if None in entries or not entries:  # Blank is not unset: unset is open to everybody.
+    if None in entries or not entries:  # Only unset means open to every client.
         raise ValueError("not a token entry")
     return tuple(Token(*entry.groups()) for entry in entries if entry)  # type: ignore[arg-type]
 
 
 def _usable_cores() -> int:
-    """The cores that this process may use, a container's limit of CPU time included."""
+    """Return the number of cores that this process may use, within a container's CPU limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:  # https://docs.kernel.org/admin-guide/cgroup-v2.html: "max 100000" or "150000 100000"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -72,9 +74,9 @@ DatabaseURL = Annotated[URL, BeforeValidator(_database_url)]
 
 
 class Settings(BaseSettings):
-    """What the service is told from outside: see the table of settings in README.md.
+    """The settings of the service: see the table in README.md.
 
-    A field's description is what its variable takes, for the message about a wrong one.
+    A field's description is what its variable accepts. The message about a wrong value uses it.
     """
 
     model_config = SettingsConfigDict(
@@ -86,7 +88,7 @@ class Settings(BaseSettings):
         arbitrary_types_allowed=True,
     )
 
-    database_url: DatabaseURL = Field(make_url("sqlite:///heroes.db"), description=_DATABASE_URL)
+    database_url: DatabaseURL = Field(make_url(f"sqlite:///{NAME}.db"), description=_DATABASE_URL)
     migration_database_url: DatabaseURL | None = Field(None, description=_DATABASE_URL)
     database_pool_size: int = Field(16, ge=1, le=1000, description="a whole number from 1 to 1000")
     database_timeout: float = Field(
@@ -107,23 +109,23 @@ class Settings(BaseSettings):
     web_concurrency: int = Field(
         default_factory=_usable_cores, ge=1, le=1000, description="a whole number from 1 to 1000"
     )
-    # Not a variable of its own: the OTEL_* ones are read by OpenTelemetry itself.
+    # Not a variable. OpenTelemetry itself reads the OTEL_* variables.
     telemetry: Annotated[
         bool, BeforeValidator(lambda _: any(name.startswith("OTEL_") for name in os.environ))
     ] = Field(False, validate_default=True)
 
 
 def from_environment() -> Settings:
-    """The settings that this process was started with.
+    """Return the settings of this process.
 
-    Where a variable is wrong the process ends with exit code 2 and a line on stderr for each
-    wrong one: its name and what it takes. The value is not repeated; it may hold a password.
+    If a value is wrong, the process ends with exit code 2 and one line per variable on stderr: its
+    name and the accepted values. The line does not contain the value, which may be a password.
     """
     try:
         return Settings()
     except ValidationError as error:
         for wrong in error.errors(include_url=False, include_input=False, include_context=False):
             field = str(wrong["loc"][0])
-            takes = Settings.model_fields[field].description
-            sys.stderr.write(f"heroes: {field.upper()} must be {takes}\n")
+            accepted = Settings.model_fields[field].description
+            sys.stderr.write(f"{NAME}: {field.upper()} must be {accepted}\n")
         sys.exit(2)

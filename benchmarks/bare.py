@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from app.api.observe import Observe
+from app.api.middleware import Observe
 from app.main import app
 
 app.user_middleware = [

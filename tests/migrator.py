@@ -13,7 +13,8 @@ from typing import Any
 import psycopg  # noqa: F401
 from alembic.config import CommandLine
 
-from app import database, migrations, models, settings  # noqa: F401
+from app import models, settings  # noqa: F401
+from app.db import database, migrations  # noqa: F401
 
 
 def run(argv: list[str], env: dict[str, str], output: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple, Self
 
 import httpx2
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.pool import NullPool
 
-from app.main import create_app
+from app.application import create_app
 from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,39 @@ def alembic(
     )
 
 
+def copy_project(folder: Path) -> Path:
+    """Return a copy of the project without its tests, in which a test can change something."""
+    copy = folder / "project"
+    copy.mkdir()
+    for part in ("app", "alembic", "alembic.ini", "pyproject.toml"):
+        copy_part = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy_part(ROOT / part, copy / part)
+    return copy
+
+
+@contextmanager
+def uvicorn_process(database_url: URL, root: Path = ROOT) -> Iterator["Service"]:
+    """Run the code in `root` in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
+        cwd=root,
+        env=environment(database_url, LOG_FORMAT="json", PYTHONPATH=str(root)),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    try:
+        for line in process.stderr:
+            assert line.startswith("{"), line + process.stderr.read()
+            message = json.loads(line)["message"]
+            if "running on" in message:
+                break
+        yield Service(int(message.split(":")[2].split(" ")[0]), set())
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
 def engine(database_url: URL) -> Engine:
     """For looking into the database beside the service."""
     # Each time on a new connection, which remembers nothing of a schema that was changed.
@@ -172,10 +207,12 @@ class PromptServer(uvicorn.Server):
 
 
 @contextmanager
-def serve(settings: Settings, **config: Any) -> Iterator[Service]:
-    """Runs the app under uvicorn, on a port of its own, until the end of the block."""
+def serve(app: Settings | FastAPI, **config: Any) -> Iterator[Service]:
+    """Run the app, or one with these settings, under uvicorn on a port of its own."""
+    if isinstance(app, Settings):
+        app = create_app(app)
     config = {"port": 0, "log_config": None} | config
-    server = PromptServer(uvicorn.Config(create_app(settings), **config))
+    server = PromptServer(uvicorn.Config(app, **config))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Engine, text
 
-from app.api.bodies import LIMIT
+from app.api.middleware import MAX_BODY_BYTES
 from tests.service import Connection, Service
 
 # No valid part of these requests contains it, so that an answer with it has repeated what was sent.
@@ -81,7 +81,7 @@ BODIES: dict[str, tuple[bytes | None, str | None, int]] = {
     "malformed content type": (body(GOOD), ";;=", 422),
     "missing content type": (body(GOOD), None, 422),
     "invalid UTF-8": (b'{"name": "\xff", "secret_name": "s"}', JSON, 400),
-    "one byte over the limit": (body(GOOD).ljust(LIMIT + 1), JSON, 413),
+    "one byte over the limit": (body(GOOD).ljust(MAX_BODY_BYTES + 1), JSON, 413),
 }
 
 QUERIES = [
@@ -185,7 +185,7 @@ def test_a_422_says_where_and_what(connection: Connection) -> None:
 
 
 def test_a_body_of_the_limit_is_taken(connection: Connection) -> None:
-    padded = body(GOOD).ljust(LIMIT)
+    padded = body(GOOD).ljust(MAX_BODY_BYTES)
     assert connection.send("POST", "/heroes/", padded, Content_Type=JSON).status == 200
 
 
@@ -196,5 +196,5 @@ def test_a_chunked_body_over_the_limit_is_refused_before_its_end(service: Servic
             b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
-        plain.sendall(chunk * (LIMIT // 0x2000 + 1))  # And never the end.
+        plain.sendall(chunk * (MAX_BODY_BYTES // 0x2000 + 1))  # And never the end.
         assert plain.recv(4096).startswith(b"HTTP/1.1 413 ")

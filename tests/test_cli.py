@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
 from tests.service import BIN, Service, environment
-from tests.test_transfer import HEROES, as_csv, ndjson, rows
+from tests.test_bulk import HEROES, as_csv, ndjson, rows
 
 
 def heroes(

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from app.revisions import Revisions
+from app.db.revisions import Revisions
 from tests.faults.load import Load
 from tests.servers import docker_answers
 from tests.service import ROOT

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from app import etags
+from app.db import etags
 from tests.service import Service
 
 DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
@@ -136,6 +136,6 @@ def test_updates_and_deletions_that_race_never_fail(
 
 
 def test_an_etag_is_that_of_its_version_and_of_no_other() -> None:
-    assert etags.versions(etags.of_version(12)) == frozenset({12})
-    assert etags.matches(etags.of_version(12), 12)
-    assert not etags.matches(etags.of_version(12), 2)
+    assert etags.versions(etags.from_version(12)) == frozenset({12})
+    assert etags.matches(etags.from_version(12), 12)
+    assert not etags.matches(etags.from_version(12), 2)

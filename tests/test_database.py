@@ -1,7 +1,8 @@
-"""The two ways to run work, and the bound on every wait."""
+"""The ways to run data functions, and the limit on every wait."""
 
 import asyncio
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +11,14 @@ from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
-from app import heroes
-from app.database import Database, sqlstate
-from app.errors import DatabaseTimeout
-from app.models import HeroCreate
+from app.api.parameters import DatabaseDep
+from app.application import create_app
+from app.db.database import Database
+from app.db.engine import sqlstate
+from app.db.pagination import Page
+from app.errors import Changed, DatabaseTimeout
+from app.heroes import heroes
+from app.models import Hero, HeroCreate, HeroUpdate
 from tests.service import engine, serve, settings
 
 HERO = HeroCreate.model_validate({"name": "Deadpond", "secret_name": "Dive Wilson"})
@@ -46,7 +51,7 @@ def another_writer(database: Engine) -> Iterator[None]:
 def test_a_transaction_commits_all_of_its_work(database_url: URL, database: Engine) -> None:
     async def work() -> None:
         service = Database(database_url, pool_size=1, timeout=5)
-        await service.transaction(two_heroes)
+        await service.run_in_transaction(two_heroes)
         await service.close()
 
     asyncio.run(work())
@@ -59,8 +64,8 @@ def test_a_transaction_that_fails_leaves_nothing_and_its_connection_sound(
     async def work() -> None:
         service = Database(database_url, pool_size=1, timeout=5)
         with pytest.raises(LookupError):
-            await service.transaction(two_heroes, fail=True)
-        assert await service.statement(heroes.read, heroes.Listing(100)) == []
+            await service.run_in_transaction(two_heroes, True)
+        assert await service.run(heroes.list, Page(100)) == []
         await service.close()
 
     asyncio.run(work())
@@ -84,6 +89,100 @@ def test_a_write_that_waits_for_a_lock_is_503_in_time_and_writes_nothing(
         assert client.post("/heroes/", json=hero).status_code == 200, "the lock was the reason"
 
 
+def test_objects_of_a_transaction_can_be_used_after_its_commit(database_url: URL) -> None:
+    """An error after the commit would make the client send the create again."""
+
+    def create(session: Session) -> Hero:
+        hero = Hero.model_validate(HERO)
+        session.add(hero)
+        return hero
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        hero = await service.run_in_transaction(create)
+        assert (hero.id, hero.name, hero.version) == (1, "Deadpond", 1)
+        await service.close()
+
+    asyncio.run(work())
+
+
+def test_a_write_by_the_orm_raises_the_version(database_url: URL) -> None:
+    def change(session: Session) -> None:
+        hero = session.get_one(Hero, 1)
+        hero.age = 3
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        await service.run(heroes.create, HERO)
+        await service.run_in_transaction(change)
+        with pytest.raises(Changed):
+            await service.run(heroes.update, 1, HeroUpdate(age=4), '"1"')
+        assert (await service.run(heroes.update, 1, HeroUpdate(age=4), '"2"')).version == 3
+        await service.close()
+
+    asyncio.run(work())
+
+
+def test_a_write_by_the_orm_over_another_change_is_a_conflict(
+    database_url: URL,
+) -> None:
+    def change(session: Session) -> None:
+        hero = session.get_one(Hero, 1)
+        session.connection().execute(text("UPDATE hero SET version = version + 1"))
+        hero.age = 3
+
+    async def route(database: DatabaseDep) -> None:
+        await database.run_in_transaction(change)
+
+    app = create_app(settings(database_url))
+    app.add_api_route("/change", route)
+    with serve(app) as service, service.client() as client:
+        client.post("/heroes/", json=HERO.model_dump())
+        refused = client.get("/change")
+        assert refused.status_code == 409
+        assert client.get("/heroes/1").json()["age"] is None
+
+
+def test_objects_added_in_a_single_call_are_written(database_url: URL, database: Engine) -> None:
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        await service.run(lambda session: session.add(Hero.model_validate(HERO)))
+        await service.close()
+
+    asyncio.run(work())
+    assert count(database) == 1
+
+
+def test_one_frame_of_the_service_stands_between_the_greenlet_and_the_function(
+    database_url: URL,
+) -> None:
+    def frames(_: Session) -> list[str]:
+        return [frame.name for frame in traceback.extract_stack() if "/app/" in frame.filename]
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=5)
+        assert await service.run(frames) == ["_autocommit"]
+        assert await service.run_in_transaction(frames) == ["_transaction"]
+        await service.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_transaction_has_its_own_timeout(database_url: URL) -> None:
+    def sleep(session: Session) -> None:
+        session.connection().exec_driver_sql("SELECT pg_sleep(0.6)")
+
+    async def work() -> None:
+        service = Database(database_url, pool_size=1, timeout=0.3)
+        await service.run_in_transaction(sleep, timeout=5)
+        with pytest.raises((DBAPIError, DatabaseTimeout)):
+            await service.run_in_transaction(sleep)
+        await service.close()
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_a_write_that_was_answered_with_503_is_not_made_afterwards(
     database_url: URL, database: Engine
@@ -93,7 +192,7 @@ def test_a_write_that_was_answered_with_503_is_not_made_afterwards(
     async def work() -> None:
         service = Database(database_url, pool_size=1, timeout=0.5)
         with another_writer(database):
-            units = (service.statement(heroes.create, HERO) for _ in range(3))
+            units = (service.run(heroes.create, HERO) for _ in range(3))
             done = await asyncio.gather(*units, return_exceptions=True)
             assert all(isinstance(result, Exception) for result in done)
         await asyncio.sleep(1.5)
@@ -109,11 +208,11 @@ def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> 
         the_only_connection = await database._spawn(database.engine.connect)
         start = time.monotonic()
         with pytest.raises(DatabaseTimeout):
-            await database.statement(heroes.get, 1)
+            await database.run(heroes.get, 1)
         waited = time.monotonic() - start
 
         await database._spawn(the_only_connection.close)
-        assert await database.statement(heroes.get, 1) is None
+        assert await database.run(heroes.get, 1) is None
         await database.close()
         return waited
 
@@ -131,7 +230,7 @@ def test_units_of_work_get_their_connections_in_the_order_of_their_coming(
 
         async def client(first: int) -> None:
             for turn in range(3):
-                await database.statement(heroes.get, 1)
+                await database.run(heroes.get, 1)
                 done.append(first + 10 * turn)
 
         await asyncio.gather(*(client(first) for first in range(5)))
@@ -152,8 +251,8 @@ def test_a_statement_past_its_time_is_cancelled_on_the_server(
     async def work() -> None:
         service = Database(database_url, pool_size=1, timeout=0.3)
         with pytest.raises(DatabaseTimeout):
-            await service.statement(sleep)
-        assert await service.statement(heroes.get, 1) is None
+            await service.run(sleep)
+        assert await service.run(heroes.get, 1) is None
         await service.close()
 
     asyncio.run(work())
@@ -174,12 +273,12 @@ def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
 ) -> None:
     async def work() -> None:
         service = Database(database_url, pool_size=pool_size, timeout=5)
-        row = await service.statement(heroes.create, HERO)
+        row = await service.run(heroes.create, HERO)
 
         async def read() -> None:
             # psycopg prepares a statement at its sixth use on a connection.
             for _ in range(10 * pool_size):
-                reads = (service.statement(heroes.get, row.id) for _ in range(pool_size))
+                reads = (service.run(heroes.get, row.id) for _ in range(pool_size))
                 assert await asyncio.gather(*reads) == [row] * pool_size
 
         await read()
@@ -193,7 +292,7 @@ def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
         with pytest.raises(DBAPIError, match="cached plan"):
             await asyncio.gather(
                 *(
-                    service._within_timeout(service._autocommit, heroes.get, row.id)
+                    service._spawn(service._autocommit, time.monotonic() + 5, heroes.get, row.id)
                     for _ in range(pool_size)
                 )
             )
@@ -221,7 +320,7 @@ def test_an_error_of_the_statement_shows_no_parameters(database_url: URL) -> Non
     async def work() -> None:
         service = Database(database_url, pool_size=1, timeout=5)
         with pytest.raises(DBAPIError) as caught:
-            await service.statement(
+            await service.run(
                 lambda session: session.connection().execute(
                     text("INSERT INTO villain (secret_name) VALUES (:name)"), {"name": "Wilson"}
                 )

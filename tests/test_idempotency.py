@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 
 import httpx2
 import pytest
-from sqlalchemy import DateTime, Engine, bindparam, text
+from sqlalchemy import URL, DateTime, Engine, bindparam, text
 
-from tests.service import Service
+from tests.service import Service, serve, settings
+from tests.test_tokens import TOKENS, bearer
 
 DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
@@ -23,10 +25,10 @@ def test_the_same_key_and_body_replay_the_first_answer_byte_for_byte(
 ) -> None:
     first = client.post("/heroes/", json=DEADPOND, headers=KEY)
     client.patch(first.headers["location"], json={"name": "Changed"})
-    # The same hero in other bytes: it is the hero that counts.
+    # The same JSON value in other bytes.
     again = client.post(
         "/heroes",
-        content=b'{ "secret_name":"Dive Wilson", "age": null, "name":"Deadpond" }',
+        content=b'{ "secret_name":"Dive Wilson", "name":"Deadpond" }',
         headers=KEY | {"Content-Type": "application/json"},
     )
     assert (first.status_code, again.status_code) == (200, 200)
@@ -135,3 +137,27 @@ def test_a_key_of_255_visible_characters_is_fine(client: httpx2.Client) -> None:
     assert client.post("/heroes/", json=DEADPOND, headers=headers).status_code == 200
     again = client.post("/heroes/", json=DEADPOND, headers=headers)
     assert again.headers["idempotency-replayed"] == "true"
+
+
+def test_a_key_belongs_to_its_token(database_url: URL, database: Engine) -> None:
+    """Another client's response would tell about the other client's hero."""
+    other = f"other:write:{sha256(b'other').hexdigest()}"
+    configured = settings(database_url, api_tokens=f"{TOKENS},{other}")
+    with serve(configured) as service, service.client() as client:
+        for token in ("open-sesame", "other"):
+            created = client.post("/heroes/", json=DEADPOND, headers=KEY | bearer(token))
+            assert created.status_code == 200
+            assert "idempotency-replayed" not in created.headers
+        again = client.post("/heroes/", json=DEADPOND, headers=KEY | bearer("other"))
+        assert again.headers["idempotency-replayed"] == "true"
+    assert count(database) == 2
+
+
+def test_bodies_are_compared_as_json_and_not_as_heroes(
+    client: httpx2.Client, database: Engine
+) -> None:
+    """Otherwise a release with another column would compute another fingerprint."""
+    client.post("/heroes/", json=DEADPOND, headers=KEY)
+    refused = client.post("/heroes/", json=DEADPOND | {"age": None}, headers=KEY)
+    assert refused.status_code == 422
+    assert count(database) == 1

@@ -17,17 +17,17 @@ from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 from sqlalchemy import make_url
 
-from app.main import create_app
-from app.pages import Cursor
+from app.application import create_app
+from app.db.pagination import Cursor
 from tests.service import Service, serve, settings
 
 # What FastAPI generates for the tutorial's own code.
 TUTORIAL = {
-    ("/heroes/", "post"): ("create_hero_heroes__post", "Create Hero"),
-    ("/heroes/", "get"): ("read_heroes_heroes__get", "Read Heroes"),
-    ("/heroes/{hero_id}", "get"): ("read_hero_heroes__hero_id__get", "Read Hero"),
-    ("/heroes/{hero_id}", "patch"): ("update_hero_heroes__hero_id__patch", "Update Hero"),
-    ("/heroes/{hero_id}", "delete"): ("delete_hero_heroes__hero_id__delete", "Delete Hero"),
+    ("/heroes/", "post"): ("create_hero", "Create Hero"),
+    ("/heroes/", "get"): ("read_heroes", "Read Heroes"),
+    ("/heroes/{hero_id}", "get"): ("read_hero", "Read Hero"),
+    ("/heroes/{hero_id}", "patch"): ("update_hero", "Update Hero"),
+    ("/heroes/{hero_id}", "delete"): ("delete_hero", "Delete Hero"),
 }
 
 
@@ -72,6 +72,33 @@ def test_every_code_parameter_and_header_is_described_with_an_example(
                     }
             for content in operation.get("requestBody", {}).get("content", {}).values():
                 assert content.get("examples") or content.get("example"), where
+
+
+def test_a_plain_route_without_parameters_is_documented(tmp_path: Path) -> None:
+    app = create_app(settings(make_url(f"sqlite:///{tmp_path}/heroes.db")))
+    app.add_api_route("/plain", lambda: {"ok": True})
+    assert "200" in app.openapi()["paths"]["/plain"]["get"]["responses"]
+
+
+def test_every_try_it_out_gets_a_request_id_of_its_own(schema: dict[str, Any]) -> None:
+    """Swagger UI would prefill a documented parameter with its example."""
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            names = [parameter["name"].lower() for parameter in operation.get("parameters", [])]
+            assert "x-request-id" not in names
+
+
+def test_there_are_three_shapes_of_errors(schema: dict[str, Any]) -> None:
+    shapes = {
+        content["schema"]["$ref"].rpartition("/")[2]
+        for methods in schema["paths"].values()
+        for operation in methods.values()
+        for status, response in operation["responses"].items()
+        if int(status) >= 400
+        for content in response["content"].values()
+    }
+    assert shapes == {"Error", "ValidationProblem", "Problem"}
+    assert shapes < schema["components"]["schemas"].keys()
 
 
 def test_where_tokens_are_asked_for_it_is_described(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The tutorial's table
 
-What `SQLModel.metadata.create_all` makes of the tutorial's models, to the letter. A database that
-it has made is taken over as it is; one with another table of the name is refused, untouched.
+The same table that `SQLModel.metadata.create_all` makes of the tutorial's models. A database made
+by it is adopted with its rows. A database with a different table `hero` is refused and not changed.
 
 Revision ID: 0001
 Revises:
@@ -9,9 +9,8 @@ Create Date: 2026-11-21 10:00:00+00:00
 """
 
 import sqlalchemy as sa
-from alembic.util import CommandError
-
 from alembic import context, op
+from alembic.util import CommandError
 
 revision = "0001"
 down_revision = None
@@ -41,8 +40,8 @@ DEPENDANTS = sa.text(
 )
 
 
-def refuse_another_table() -> None:
-    """Raises `CommandError` where there is a table `hero` that is not the tutorial's."""
+def refuse_other_table() -> None:
+    """Raise `CommandError` if there is a table `hero` that is not the tutorial's."""
     inspector = sa.inspect(op.get_bind())
     if not inspector.has_table("hero"):
         return
@@ -51,7 +50,7 @@ def refuse_another_table() -> None:
         for column in inspector.get_columns("hero")
     }
     differences = [
-        f"{name} is {found.get(name, 'missing')}, not {COLUMNS.get(name, 'there')}"
+        f"{name} is {found.get(name, 'missing')}, not {COLUMNS.get(name, 'expected')}"
         for name in sorted(COLUMNS | found)
         if found.get(name) != COLUMNS.get(name)
     ]
@@ -59,11 +58,11 @@ def refuse_another_table() -> None:
     if key != ["id"]:
         differences.append(f"the primary key is ({', '.join(key)}), not (id)")
     if op.get_context().dialect.name == "postgresql":
-        # The later revisions put another column in the place of the id: what else hangs on it would
-        # stop them half way, or be lost.
+        # Later revisions replace the column `id`. Other objects that depend on it would be lost, or
+        # would stop those revisions.
         serial = op.get_bind().scalar(sa.text("SELECT pg_get_serial_sequence('hero', 'id')"))
         if serial is None or not serial.endswith("hero_id_seq"):
-            differences.append("id has not the sequence hero_id_seq")
+            differences.append("id does not use the sequence hero_id_seq")
         differences += op.get_bind().scalars(DEPENDANTS).all()
     if differences:
         raise CommandError(f"The table hero is not the tutorial's: {'; '.join(differences)}")
@@ -71,7 +70,7 @@ def refuse_another_table() -> None:
 
 def upgrade() -> None:
     if not context.is_offline_mode():
-        refuse_another_table()
+        refuse_other_table()
     op.create_table(
         "hero",
         sa.Column("name", sa.String(), nullable=False),

@@ -1,7 +1,7 @@
 """The number of writes of a row
 
-With a default in the database, which PostgreSQL does not write into the old rows, and which the
-release before, not knowing the column, relies on.
+The previous release does not know the column and relies on the default in the database. PostgreSQL
+does not rewrite the existing rows for it.
 
 Revision ID: 0002
 Revises: 0001
@@ -9,7 +9,6 @@ Create Date: 2026-11-21 11:00:00+00:00
 """
 
 import sqlalchemy as sa
-
 from alembic import op
 
 revision = "0002"
@@ -23,5 +22,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # By SQLite itself and not in batch mode, which would make the table anew.
+    # Without batch mode, which would rebuild the table: SQLite can drop a column itself.
     op.drop_column("hero", "version")

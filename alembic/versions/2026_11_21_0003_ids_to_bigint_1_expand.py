@@ -1,7 +1,7 @@
-"""Ids to bigint, 1 of 3: a second column that follows the first
+"""Ids to bigint, 1 of 3: a second column with the values of the first
 
-ALTER COLUMN ... TYPE would write the whole table anew under a lock that keeps even readers out.
-SQLite's ids have 64 bits already.
+ALTER COLUMN ... TYPE would rewrite the whole table under a lock that blocks even reads. SQLite's
+ids already have 64 bits.
 
 Revision ID: 0003
 Revises: 0002

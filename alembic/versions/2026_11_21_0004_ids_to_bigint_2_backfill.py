@@ -1,6 +1,6 @@
-"""Ids to bigint, 2 of 3: the old rows, and what a primary key needs
+"""Ids to bigint, 2 of 3: the old rows, and the index and constraint of the primary key
 
-Every statement can be run again, because not all of them fit into one transaction.
+Not all statements can share one transaction, so each can be run again.
 
 Revision ID: 0004
 Revises: 0003
@@ -8,7 +8,8 @@ Create Date: 2026-11-21 11:00:00+00:00
 """
 
 from alembic import op
-from app.migrations import add_checks, backfill, create_index, drop_index
+
+from app.db.migrations import add_checks, backfill, create_index, drop_index
 
 revision = "0004"
 down_revision = "0003"
@@ -21,7 +22,7 @@ def upgrade() -> None:
         return
     backfill("hero", "id_bigint = id", "id_bigint IS NULL", key="id")
     create_index("hero_id_bigint", "hero", ["id_bigint"], unique=True)
-    # In the place of NOT NULL, which would look at all rows while everybody waits.
+    # Stands in for NOT NULL, which would scan the table under an exclusive lock.
     add_checks("hero", {"hero_id_bigint_check": "id_bigint IS NOT NULL"})
 
 

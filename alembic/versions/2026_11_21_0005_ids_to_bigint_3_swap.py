@@ -1,6 +1,6 @@
-"""Ids to bigint, 3 of 3: the second column takes the first one's place
+"""Ids to bigint, 3 of 3: the second column replaces the first
 
-Only the catalogue changes, in one transaction, however many rows there are.
+One transaction changes only the catalogue, so its duration does not depend on the number of rows.
 
 Revision ID: 0005
 Revises: 0004
@@ -24,8 +24,8 @@ def upgrade() -> None:
     op.execute("ALTER TABLE hero DROP CONSTRAINT hero_pkey")
     op.execute("ALTER TABLE hero DROP COLUMN id")
     op.execute("ALTER TABLE hero RENAME COLUMN id_bigint TO id")
-    # The check of the revision before is the proof that spares the look at all rows. Under the new
-    # name already, because PostgreSQL 18 names the constraint by it.
+    # The validated check of revision 0004 spares the scan of all rows. After the renaming, because
+    # PostgreSQL 18 derives the name of the constraint from the column's.
     op.execute("ALTER TABLE hero ALTER COLUMN id SET NOT NULL")
     op.execute("ALTER TABLE hero DROP CONSTRAINT hero_id_bigint_check")
     op.execute("ALTER TABLE hero ALTER COLUMN id SET DEFAULT nextval('hero_id_seq')")
@@ -33,7 +33,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Not for a table in use: it writes every row. An id past int4 makes it fail."""
+    """Not for a table in use: it rewrites every row. It fails if an id exceeds int4."""
     if op.get_context().dialect.name != "postgresql":
         return
     op.execute("ALTER TABLE hero DROP CONSTRAINT hero_pkey")

@@ -1,13 +1,13 @@
 """Indexes with the id, for lists in a total order
 
-In the place of the tutorial's, which serve no query that these do not.
+They replace the tutorial's indexes and serve the same queries.
 
 Revision ID: 0007
 Revises: 0006
 Create Date: 2026-11-21 11:00:00+00:00
 """
 
-from app.migrations import create_index, drop_index
+from app.db.migrations import create_index, drop_index
 
 revision = "0007"
 down_revision = "0006"

@@ -1,4 +1,4 @@
-"""The keys of creates that are safe to retry
+"""The responses to requests with an Idempotency-Key, for retries
 
 Revision ID: 0008
 Revises: 0007
@@ -6,7 +6,6 @@ Create Date: 2026-11-21 12:00:00+00:00
 """
 
 import sqlalchemy as sa
-
 from alembic import op
 
 revision = "0008"
@@ -18,13 +17,17 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "idempotency_key",
+        sa.Column("route", sa.String(), nullable=False),
+        sa.Column("principal", sa.String(), nullable=False),
         sa.Column("key", sa.String(), nullable=False),
         sa.Column("fingerprint", sa.String(), nullable=False),
-        sa.Column("answer", sa.String(), nullable=True),
+        sa.Column("status", sa.Integer(), nullable=True),
+        sa.Column("headers", sa.String(), nullable=True),
+        sa.Column("body", sa.String(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("key", name=op.f("idempotency_key_pkey")),
+        sa.PrimaryKeyConstraint("route", "principal", "key", name=op.f("idempotency_key_pkey")),
     )
-    # Not concurrently: nobody knows the table yet.
+    # Not concurrently: no code uses the table yet.
     op.create_index(op.f("ix_idempotency_key_created_at"), "idempotency_key", ["created_at"])
 
 

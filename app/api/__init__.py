@@ -1,1 +1,1 @@
-"""The only package that knows HTTP."""
+"""HTTP: routes, parameters, responses and errors. The only package that imports FastAPI."""

@@ -1,175 +1,177 @@
-"""The tutorial's five operations, and what clients need next: in headers and query parameters."""
+"""The routes of heroes: the tutorial's five, import and export."""
 
 from typing import Annotated
-from urllib.parse import urlencode
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import StringConstraints
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field, model_validator
 
-from app import etags, heroes, idempotency
-from app.api import documentation
-from app.api.dependencies import (
-    AgeMax,
-    AgeMin,
-    HeroId,
-    Name,
-    check_ages,
-    database,
-    each_query_parameter_once,
-    hero_reads,
+from app.api import bulk
+from app.api.auth import WriteAccess
+from app.api.openapi import Deleted, responses
+from app.api.parameters import (
+    DatabaseDep,
+    IdempotencyKey,
+    IfMatch,
+    IfNoneMatch,
+    PageQuery,
+    RowId,
+    SingleQueryParameters,
+    invalid,
+    page_of,
 )
-from app.api.problems import invalid
-from app.errors import HeroChanged, HeroNotFound, KeyReused
-from app.heroes import HeroRow, Listing
-from app.models import INT8_MAX, HeroCreate, HeroPublic, HeroUpdate
-from app.pages import Cursor, Sort
+from app.api.responses import create_once, created, many, one
+from app.heroes import HeroSort, heroes
+from app.models import INT4_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
 
-# Apart, so that a token can be asked for writes alone.
-reads = APIRouter(prefix="/heroes")
-writes = APIRouter(prefix="/heroes")
+router = APIRouter(prefix="/heroes", tags=["heroes"])
 
-_Tags = Annotated[str, StringConstraints(pattern=etags.LIST)]
-IfMatch = Annotated[
-    _Tags | None,
-    Header(description="Only if the hero still has one of these ETags", examples=['"1"', "*"]),
-]
-IfNoneMatch = Annotated[
-    _Tags | None,
-    Header(description="Only if the hero has none of these ETags", examples=['"1"']),
-]
-_Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
-IdempotencyKey = Annotated[
-    _Key | None,
-    Header(
-        description="A create with the same key and body is made once, for 24 hours",
-        examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
-    ),
-]
+_Years = Annotated[int, Field(ge=0, le=INT4_MAX)]
 
 
-# Answers are encoded once, from the rows, and returned as they are. `response_model` is for the
-# docs: run, it would validate and encode each row again, half of the cost of a small answer.
-def _one(row: HeroRow, **headers: str) -> Response:
-    headers["ETag"] = etags.of_version(row.version)
-    return Response(row.json(), headers=headers, media_type="application/json")
+class HeroFilters(BaseModel):
+    """The filters that a list and an export share."""
+
+    name: Text | None = Field(None, description="Only heroes with exactly this name")
+    age_min: _Years | None = Field(None, description="Only heroes of at least this age")
+    age_max: _Years | None = Field(None, description="Only heroes of at most this age")
+
+    @model_validator(mode="after")
+    def _check_ages(self) -> "HeroFilters":
+        if self.age_min is not None and self.age_max is not None and self.age_min > self.age_max:
+            raise invalid("query", "age_min", "Should not be greater than age_max")
+        return self
 
 
-# Each path with and without the slash at its end, without a redirect; the first is the documented.
-@writes.post("/", response_model=HeroPublic, **documentation.CREATE)
-@writes.post("", include_in_schema=False)
+class HeroQuery(PageQuery, HeroFilters):
+    """The query parameters of a list."""
+
+    sort: HeroSort = Field("id", description="The sort key, with `-` for descending order")
+
+
+class HeroExport(bulk.ExportQuery, HeroFilters):
+    """The query parameters of an export."""
+
+
+bulk.only(router, "/export", "GET")
+bulk.only(router, "/import", "POST")
+
+
+# The paths without a slash at the end respond in the same way, without a redirect.
+@router.post(
+    "/",
+    response_model=HeroPublic,
+    response_description="The new hero",
+    responses=responses(400, 409, 413, headers=["ETag", "Location", "Idempotency-Replayed"]),
+    dependencies=[WriteAccess],
+)
+@router.post("", include_in_schema=False, dependencies=[WriteAccess])
 async def create_hero(
     request: Request,
     hero: HeroCreate,
+    database: DatabaseDep,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    headers = {}
-    if idempotency_key is None:
-        row = await database(request).statement(heroes.create, hero)
-    else:
-        try:
-            row, replayed = await database(request).transaction(
-                idempotency.create, idempotency_key, hero
-            )
-        except KeyReused:
-            raise invalid("header", "idempotency-key", "Was used with another body") from None
-        if replayed:
-            headers["Idempotency-Replayed"] = "true"
-    return _one(row, Location=f"{request.scope['root_path']}/heroes/{row.id}", **headers)
+    """Create a hero."""
+    if idempotency_key is not None:
+        return await create_once(request, database, heroes, hero, idempotency_key)
+    return created(request, await database.run_batched(heroes.create_many, hero))
 
 
-@reads.get(
+@router.get(
     "/",
     response_model=list[HeroPublic],
-    **documentation.LIST,
+    response_description="A page of heroes",
+    responses=responses(headers=["Link", "X-Total-Count"]),
+    dependencies=[SingleQueryParameters],
 )
-@reads.get("", include_in_schema=False)
+@router.get("", include_in_schema=False, dependencies=[SingleQueryParameters])
 async def read_heroes(
-    request: Request,
-    offset: Annotated[
-        int, Query(ge=0, le=INT8_MAX, description="How many to skip; not with after")
-    ] = 0,
-    limit: Annotated[int, Query(ge=1, le=100, description="The most that a page has")] = 100,
-    name: Name = None,
-    age_min: AgeMin = None,
-    age_max: AgeMax = None,
-    sort: Annotated[Sort, Query(description="The order, which always ends in the id")] = "id",
-    after: Annotated[
-        str | None,
-        Query(description="The cursor in the last page's Link", examples=["WyJpZCIsMiwyXQ"]),
-    ] = None,
-    total: Annotated[bool, Query(description="Count all pages in X-Total-Count")] = False,
+    request: Request, database: DatabaseDep, query: Annotated[HeroQuery, Query()]
 ) -> Response:
-    each_query_parameter_once(request)
-    check_ages(age_min, age_max)
-    if after is not None and "offset" in request.query_params:
-        raise invalid("query", "after", "Should not be given together with offset")
-    cursor = _cursor(after, sort)
-    # One more than the page has, to know whether there is another.
-    listing = Listing(limit + 1, offset, sort, cursor, name, age_min, age_max)
-    rows = await database(request).statement(heroes.read, listing)
-    headers = {}
-    if len(rows) > limit:
-        headers["Link"] = f'<{_next(request, sort, rows[limit - 1])}>; rel="next"'
-    if total:
-        headers["X-Total-Count"] = str(await database(request).statement(heroes.count, listing))
-    body = b",".join(row.json() for row in rows[:limit])
-    return Response(b"[%b]" % body, headers=headers, media_type="application/json")
+    """List heroes in a total order, page by page."""
+    page = page_of(heroes, query)
+    rows = await database.run(heroes.list, page)
+    total = await database.run(heroes.count, page.filters) if query.total else None
+    return many(request, heroes, page, rows, total)
 
 
-def _cursor(after: str | None, sort: Sort) -> Cursor | None:
-    try:
-        return None if after is None else Cursor.parse(after, sort)
-    except ValueError as error:
-        raise invalid("query", "after", str(error)) from None
+@router.get(
+    "/export",
+    response_class=Response,
+    response_description="A line per hero",
+    responses=responses(content=bulk.contents(HeroPublic), headers=["Content-Disposition", "Vary"]),
+    dependencies=[SingleQueryParameters],
+)
+async def export_heroes(
+    request: Request, database: DatabaseDep, query: Annotated[HeroExport, Query()]
+) -> StreamingResponse:
+    """Stream all heroes that match, in the order of their ids.
+
+    The export reads page by page, so a slow client holds neither a connection nor a snapshot. A
+    hero that exists during the whole export appears exactly once.
+    """
+    return await bulk.export_rows(request, database, heroes, query, filename="heroes")
 
 
-def _next(request: Request, sort: Sort, last: HeroRow) -> str:
-    """The same request for the page behind this hero. Without a host, which the client knows."""
-    kept = [
-        (name, value)
-        for name, value in request.query_params.items()
-        if name not in ("after", "offset")
-    ]
-    cursor = Cursor(sort, getattr(last, sort.removeprefix("-")), last.id)
-    return f"{request.scope['path']}?{urlencode([*kept, ('after', str(cursor))])}"
+@router.post(
+    "/import",
+    response_model=bulk.Imported,
+    response_description="The number of heroes that were created",
+    responses=responses(400, 409, 413, 415),
+    openapi_extra=bulk.import_body(HeroCreate),
+    dependencies=[WriteAccess],
+)
+async def import_heroes(request: Request, database: DatabaseDep) -> JSONResponse:
+    """Create all heroes of the body, or none.
+
+    The service stores the body in a file and checks every line before it uses a connection. Slow
+    clients and wrong lines cost the database nothing.
+    """
+    return await bulk.import_rows(request, database, heroes)
 
 
-@reads.get("/{hero_id}", response_model=HeroPublic, **documentation.READ)
+@router.get(
+    "/{hero_id}",
+    response_model=HeroPublic,
+    response_description="The hero",
+    responses=responses(304, 404, headers=["ETag"]),
+)
 async def read_hero(
-    request: Request, hero_id: HeroId, if_none_match: IfNoneMatch = None
+    hero_id: RowId, database: DatabaseDep, if_none_match: IfNoneMatch = None
 ) -> Response:
-    row = await hero_reads(request).get(hero_id)
-    if not row:
-        raise HeroNotFound
-    if if_none_match is not None and etags.matches(if_none_match, row.version):
-        return Response(status_code=304, headers={"ETag": etags.of_version(row.version)})
-    return _one(row)
+    """Get one hero."""
+    row = await database.run_batched(heroes.get_many, hero_id)
+    if row is None:
+        raise heroes.not_found()
+    return one(row, if_none_match)
 
 
-@writes.patch("/{hero_id}", response_model=HeroPublic, **documentation.UPDATE)
+@router.patch(
+    "/{hero_id}",
+    response_model=HeroPublic,
+    response_description="The changed hero",
+    responses=responses(400, 404, 409, 412, 413, headers=["ETag"]),
+    dependencies=[WriteAccess],
+)
 async def update_hero(
-    request: Request, hero_id: HeroId, hero: HeroUpdate, if_match: IfMatch = None
+    hero_id: RowId, hero: HeroUpdate, database: DatabaseDep, if_match: IfMatch = None
 ) -> Response:
-    row = await database(request).statement(heroes.change, hero_id, hero, _versions(if_match))
-    if not row:
-        raise await _why_not(request, hero_id, if_match)
-    return _one(row)
+    """Change the members that are given, and leave the others."""
+    row = await database.run(heroes.update, hero_id, hero, if_match)
+    return one(row)
 
 
-@writes.delete("/{hero_id}", **documentation.DELETE)
-async def delete_hero(request: Request, hero_id: HeroId, if_match: IfMatch = None) -> Response:
-    if not await database(request).statement(heroes.remove, hero_id, _versions(if_match)):
-        raise await _why_not(request, hero_id, if_match)
+@router.delete(
+    "/{hero_id}",
+    response_model=Deleted,
+    response_description="The hero is deleted",
+    responses=responses(404, 412),
+    dependencies=[WriteAccess],
+)
+async def delete_hero(
+    hero_id: RowId, database: DatabaseDep, if_match: IfMatch = None
+) -> JSONResponse:
+    """Delete a hero."""
+    await database.run(heroes.delete, hero_id, if_match)
     return JSONResponse({"ok": True})
-
-
-def _versions(if_match: str | None) -> frozenset[int] | None:
-    return None if if_match is None else etags.versions(if_match)
-
-
-async def _why_not(request: Request, hero_id: int, if_match: str | None) -> Exception:
-    """Why nothing was written: there is no such hero, or it is not as the client knows it."""
-    if if_match is None or not await database(request).statement(heroes.get, hero_id):
-        return HeroNotFound()
-    return HeroChanged()

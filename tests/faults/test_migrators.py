@@ -15,7 +15,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from app import migrations
+from app.db import migrations
 from tests.faults.load import Load
 from tests.schemas import schema_of
 from tests.servers import Postgres
@@ -137,7 +137,7 @@ def test_an_index_whose_build_was_cut_short_is_built_anew(
         assert connection.scalar(valid) is False, "the control: such an index is left"
 
         upgraded = migrate(empty_database, "upgrade", "head")
-        assert "ix_hero_name_id is invalid, its build was cut short" in upgraded.output
+        assert "ix_hero_name_id is invalid, its build was interrupted" in upgraded.output
         assert connection.scalar(valid) is True
         everyone = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
         assert connection.scalar(everyone) == 0
@@ -297,7 +297,7 @@ def test_a_migrator_waits_for_another_and_says_so(empty_database: URL, beside: E
         other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
         process = alembic(empty_database, "upgrade", "head")
         assert process.stdout
-        assert any("Another migrator is at work" in line for line in process.stdout)
+        assert any("Another migrator is running" in line for line in process.stdout)
         assert process.poll() is None
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 0, output
@@ -307,13 +307,13 @@ def test_a_migrator_waits_for_another_and_says_so(empty_database: URL, beside: E
 def test_the_wait_for_another_migrator_and_for_a_lock_end(
     empty_database: URL, beside: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "PATIENCE", 1)
-    monkeypatch.setattr(migrations, "OTHER_MIGRATOR", 1)
+    monkeypatch.setattr(migrations, "LOCK_WAIT_SECONDS", 1)
+    monkeypatch.setattr(migrations, "OTHER_MIGRATOR_WAIT_SECONDS", 1)
     migrating = migrations.engine(empty_database)
     with beside.connect() as other:
         other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
         with (
-            pytest.raises(CommandError, match="Another migrator was at work"),
+            pytest.raises(CommandError, match="Another migrator has been running"),
             migrations.only_migrator(migrating),
         ):
             pass
@@ -325,8 +325,8 @@ def test_the_wait_for_another_migrator_and_for_a_lock_end(
             with migrating.begin() as connection:
                 connection.execute(text("ALTER TABLE hero ADD COLUMN power text"))
 
-        with pytest.raises(CommandError, match="A lock was not to be had"):
-            migrations.with_short_locks(change)
+        with pytest.raises(CommandError, match="Could not acquire a lock"):
+            migrations.retry_on_lock_timeout(change)
 
 
 def test_a_failed_upgrade_of_sqlite_leaves_nothing_and_can_be_repeated(

@@ -1,0 +1,188 @@
+"""Export and import of many rows, for the routes of any resource."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from functools import partial
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlmodel import SQLModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from app.api.middleware import MAX_IMPORT_BYTES
+from app.db.crud import Crud, Records
+from app.db.database import Database
+from app.db.pagination import Page
+from app.transfer.copy import load
+from app.transfer.formats import Format, encode_rows, read_rows
+
+MEDIA_TYPES: dict[Format, str] = {
+    "ndjson": "application/x-ndjson",
+    "csv": "text/csv; charset=utf-8; header=present",
+}
+_FORMATS: dict[str, Format] = {
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "text/csv": "csv",
+}
+# The time to write the rows of an import, after the service has received all of them.
+IMPORT_TIMEOUT_SECONDS = 300
+_MAX_SPOOL_BYTES = 1024**2  # In memory; a larger import is stored in a file.
+_PAGE_SIZE = 1000
+
+
+class ExportQuery(BaseModel):
+    """The query parameters of an export. A resource adds its filters."""
+
+    format: Format | None = Field(None, description="Overrides the Accept header")
+
+
+class Imported(BaseModel):
+    """The body of the response to an import."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"created": 1}]})
+
+    created: int
+
+
+async def export_rows(
+    request: Request, database: Database, crud: Crud[Any], query: ExportQuery, *, filename: str
+) -> StreamingResponse:
+    """Return a streamed response with all rows that match the filters, ordered by id."""
+    file_format = query.format or _accepted_format(request.headers.get("accept", ""))
+    filters = query.model_dump(include=set(crud.filters), exclude_none=True)
+    page = Page(_PAGE_SIZE, filters=filters)
+    # Before the response starts, so that an error still gets its status.
+    rows = await database.run(crud.list, page)
+    return StreamingResponse(
+        _lines(database, crud, page, rows, file_format),
+        media_type=MEDIA_TYPES[file_format],
+        headers={
+            "Content-Disposition": f'attachment; filename="{filename}.{file_format}"',
+            "Vary": "Accept",
+        },
+    )
+
+
+async def _lines(
+    database: Database, crud: Crud[Any], page: Page, rows: Records, file_format: Format
+) -> AsyncIterator[bytes]:
+    yield encode_rows((row.public for row in rows), crud.names, file_format, header=True)
+    while len(rows) == page.limit:
+        page = page._replace(after=crud.cursor(rows[-1], page.sort))
+        rows = await database.run(crud.list, page)
+        yield encode_rows((row.public for row in rows), crud.names, file_format, header=False)
+
+
+async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> JSONResponse:
+    """Create all rows of the body in one transaction.
+
+    Raises `HTTPException` for an unsupported type or an incomplete body, and `ImportRefused` for
+    wrong lines.
+    """
+    file_format = _content_format(request.headers.get("content-type", ""))
+    gzipped = _is_gzip(request.headers.get("content-encoding", "identity"))
+    with SpooledTemporaryFile(_MAX_SPOOL_BYTES) as spool:
+        try:
+            async for chunk in request.stream():
+                spool.write(chunk)
+        except ClientDisconnect:
+            raise HTTPException(400, "The body ended early") from None
+        rows = partial(
+            read_rows,
+            *(crud.create_model, spool, file_format),
+            gzipped=gzipped,
+            max_bytes=MAX_IMPORT_BYTES,
+        )
+        spool.seek(0)
+        await asyncio.to_thread(deque, rows(), 0)  # Checks every line.
+        if await request.is_disconnected():
+            raise HTTPException(400, "The client closed the connection")
+        spool.seek(0)
+        count = await database.run_in_transaction(
+            load, crud, rows(), timeout=IMPORT_TIMEOUT_SECONDS
+        )
+    return JSONResponse({"created": count})
+
+
+def only(router: APIRouter, path: str, method: str) -> None:
+    """Respond to other methods of this path with 405.
+
+    Without it, they would reach a route like `/{id}`, which refuses the path as an invalid id.
+    """
+
+    async def method_not_allowed() -> None:
+        raise HTTPException(405, headers={"Allow": method})
+
+    others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - {method})
+    router.add_api_route(path, method_not_allowed, methods=others, include_in_schema=False)
+
+
+def contents(model: type[SQLModel]) -> dict[str, Any]:
+    """Return the OpenAPI content of a file with the model's example, in both formats."""
+    [row] = model.model_json_schema()["examples"]
+    names = [name for name in model.model_fields if name in row]
+    formats: dict[str, Format] = {"application/x-ndjson": "ndjson", "text/csv": "csv"}
+    return {
+        media_type: {
+            "schema": {"type": "string"},
+            "example": encode_rows([row], names, file_format, header=True).decode(),
+        }
+        for media_type, file_format in formats.items()
+    }
+
+
+def import_body(model: type[SQLModel]) -> dict[str, Any]:
+    """Return `openapi_extra` for an import of the model's rows."""
+    encoding = {
+        "name": "Content-Encoding",
+        "in": "header",
+        "description": "Whether the body is compressed",
+        "schema": {"type": "string", "enum": ["gzip", "x-gzip", "identity"]},
+    }
+    body = {"required": True, "content": contents(model)}
+    return {"parameters": [encoding], "requestBody": body}
+
+
+def _accepted_format(accept: str) -> Format:
+    """Return the format that the client prefers (RFC 9110, section 12.5.1), or NDJSON."""
+    best: tuple[float, Format] = (0, "ndjson")
+    for media_range in accept.split(","):
+        media_type, parameters = _media_type(media_range)
+        try:
+            quality = float(parameters.get("q", "1"))
+        except ValueError:
+            continue
+        if media_type in _FORMATS and quality > best[0]:
+            best = (quality, _FORMATS[media_type])
+    return best[1]
+
+
+def _media_type(header: str) -> tuple[str, dict[str, str]]:
+    media_type, *parameters = (part.strip() for part in header.lower().split(";"))
+    pairs = (parameter.partition("=") for parameter in parameters)
+    return media_type, {name: value.strip('"') for name, _, value in pairs}
+
+
+def _content_format(content_type: str) -> Format:
+    media_type, parameters = _media_type(content_type)
+    if media_type not in _FORMATS:
+        raise HTTPException(415, f"The Content-Type should be one of {', '.join(_FORMATS)}")
+    if parameters.get("charset", "utf-8") not in ("utf-8", "utf8", "us-ascii"):
+        raise HTTPException(415, "The charset should be utf-8")
+    return _FORMATS[media_type]
+
+
+def _is_gzip(content_encoding: str) -> bool:
+    coding = content_encoding.strip().lower()
+    if coding not in ("gzip", "x-gzip", "identity"):
+        raise HTTPException(
+            415, "The Content-Encoding should be gzip or identity", {"Accept-Encoding": "gzip"}
+        )
+    return coding in ("gzip", "x-gzip")

@@ -1,0 +1,134 @@
+"""Exceptions to responses, in one table."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm.exc import StaleDataError
+from starlette.exceptions import HTTPException
+
+from app import errors
+from app.api.openapi import PROBLEM_JSON
+from app.db.engine import sqlstate
+
+logger = logging.getLogger(__name__)
+
+
+class ErrorResponse(NamedTuple):
+    """The response to an exception. Without a detail, its message is the detail."""
+
+    status: int
+    detail: Any = None
+    headers: Mapping[str, str] | None = None
+
+
+_RETRY = MappingProxyType({"Retry-After": "1"})
+_UNAVAILABLE = ErrorResponse(503, "The database is unavailable", _RETRY)
+_BEHIND = ErrorResponse(503, "The database's schema is behind: run alembic upgrade head", _RETRY)
+_CONFLICT = ErrorResponse(409, "The request conflicts with stored data")
+_BAD_VALUE = ErrorResponse(
+    422, [{"type": "data_exception", "loc": ["body"], "msg": "A value cannot be stored"}]
+)
+
+EXCEPTIONS: dict[type[Exception], ErrorResponse] = {
+    errors.NotFound: ErrorResponse(404),
+    errors.Changed: ErrorResponse(412),
+    errors.ImportTooLarge: ErrorResponse(413, "The import is too large"),
+    errors.NotAuthenticated: ErrorResponse(
+        401, "Not authenticated", {"WWW-Authenticate": "Bearer"}
+    ),
+    errors.NotAuthorized: ErrorResponse(403, "Not authorized"),
+    errors.DatabaseTimeout: ErrorResponse(503, "The database did not respond in time", _RETRY),
+    errors.SchemaBehind: _BEHIND,
+    errors.Draining: ErrorResponse(503, "This worker is stopping", _RETRY),
+    StaleDataError: _CONFLICT,  # The ORM wrote a row that has changed since it was read.
+}
+
+# By SQLSTATE, or by its class, the first two characters
+# (https://www.postgresql.org/docs/current/errcodes-appendix.html). Any other state is a bug.
+SQLSTATES: dict[str | None, ErrorResponse] = {
+    None: _UNAVAILABLE,  # The connection was refused or lost.
+    "08": _UNAVAILABLE,  # connection exception
+    "22": _BAD_VALUE,  # data exception: a value that no column of the type can hold
+    "23": _CONFLICT,  # integrity constraint violation
+    "25006": _UNAVAILABLE,  # read-only transaction: a standby, or a former primary
+    "40": _UNAVAILABLE,  # transaction rollback: serialization failure, deadlock
+    "42703": _BEHIND,  # undefined column
+    "42P01": _BEHIND,  # undefined table
+    "53": _UNAVAILABLE,  # insufficient resources
+    "55P03": _UNAVAILABLE,  # lock not available
+    "57": _UNAVAILABLE,  # operator intervention: cancelled, shutting down, starting up
+    "58": _UNAVAILABLE,  # system error
+}
+
+
+def register(app: FastAPI) -> None:
+    """Register the handlers. There is none for `Exception`: the middleware logs it as a bug."""
+    for error in EXCEPTIONS:
+        app.add_exception_handler(error, _handle)
+    app.add_exception_handler(StatementError, _handle_database_error)
+    app.add_exception_handler(RequestValidationError, _handle_invalid)
+    app.add_exception_handler(errors.ImportRefused, _handle_refused_import)
+    app.add_exception_handler(HTTPException, _handle_http)
+
+
+def respond(
+    request: Request, status: int, detail: Any, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Return FastAPI's `{"detail": ...}`, or RFC 9457's form if the client accepts it."""
+    headers = dict(headers) if headers else None
+    if PROBLEM_JSON not in request.headers.get("accept", ""):
+        return JSONResponse({"detail": detail}, status, headers)
+    members = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
+    if isinstance(detail, str):
+        members["detail"] = detail
+    else:
+        members |= {"detail": "The request is not valid", "errors": detail}
+    return JSONResponse(members, status, headers, media_type=PROBLEM_JSON)
+
+
+async def _handle(request: Request, error: Exception) -> JSONResponse:
+    response = EXCEPTIONS[type(error)]
+    if response.status >= 500:
+        logger.warning("%s", f"{response.detail}: {error}" if str(error) else response.detail)
+    return respond(request, response.status, response.detail or str(error), response.headers)
+
+
+async def _handle_database_error(request: Request, error: Any) -> JSONResponse:
+    state = sqlstate(error.orig)
+    response = SQLSTATES.get(state) or SQLSTATES.get(state and state[:2])
+    if response is None:
+        raise error
+    # Only the primary message: the server's detail quotes the row, secrets included.
+    diagnostics = getattr(error.orig, "diag", None)
+    reason = getattr(diagnostics, "message_primary", None) or str(error.orig)
+    logger.warning("%s: %s", response.detail, reason, extra={"sqlstate": state})
+    return respond(request, *response)
+
+
+async def _handle_invalid(request: Request, error: Any) -> JSONResponse:
+    # `input` and `ctx` repeat the request: a secret, or a NaN that JSON cannot encode.
+    detail = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in error.errors()]
+    return respond(request, 422, detail)
+
+
+async def _handle_refused_import(request: Request, error: Any) -> JSONResponse:
+    detail = [
+        {
+            "type": wrong.type,
+            "loc": ["body", wrong.line, *filter(None, [wrong.field])],
+            "msg": wrong.message,
+        }
+        for wrong in error.errors
+    ]
+    return respond(request, 422, detail)
+
+
+async def _handle_http(request: Request, error: Any) -> JSONResponse:
+    return respond(request, error.status_code, error.detail, error.headers)

@@ -1,0 +1,145 @@
+"""ASGI middleware: request id, access log and metrics; a limit on the size of bodies."""
+
+import asyncio
+import logging
+import re
+import time
+from functools import cache
+from random import getrandbits
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.exception_handlers import respond
+from app.telemetry import logs, metrics
+from app.telemetry.logs import AccessLogEntry, request_id
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 1024
+# As sent, and after decompression. The command `import` has no limit.
+MAX_IMPORT_BYTES = 1024**3
+
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+# Valid ids that a client may choose for its request. The response and the log contain them.
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+# Cached, because `labels` costs as much as the observation. No value of a label comes from the
+# client, so clients cannot make the cache grow.
+_request_duration = cache(metrics.request_duration.labels)
+
+
+class Observe:
+    """Gives every response an `X-Request-ID`, and logs and measures every request.
+
+    An exception that no handler has handled is a bug. It is logged with its traceback and becomes a
+    500 here: so the response has its id, and the connection stays usable.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._active = 0
+        self._entries: list[AccessLogEntry] = []
+        self._is_scheduled = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        start = time.perf_counter()
+        self._active += 1
+        self._schedule()
+        current = _client_request_id(scope) or f"{getrandbits(128):032x}"
+        token = request_id.set(current)
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", current.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        except Exception:
+            logger.exception("Unhandled exception")
+            if status:  # The response has started. Closing the connection marks it as incomplete.
+                raise
+            response = respond(Request(scope), 500, "Internal Server Error")
+            await response(scope, receive, observed)
+        finally:
+            self._active -= 1
+            self._entries.append(
+                AccessLogEntry(
+                    method=scope["method"],
+                    path=scope["raw_path"].decode("ascii", "replace"),
+                    route=getattr(scope.get("route"), "path", "none"),
+                    status=status,
+                    seconds=time.perf_counter() - start,
+                    client=scope["client"][0] if scope["client"] else None,
+                    principal=scope.get("state", {}).get("principal"),
+                    request_id=current,
+                )
+            )
+            self._schedule()
+            request_id.reset(token)
+
+    def _schedule(self) -> None:
+        """Record at the end of this turn of the event loop.
+
+        Recording all requests of a turn together costs a third of recording each one.
+        """
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._record)
+
+    def _record(self) -> None:
+        self._is_scheduled = False
+        entries, self._entries = self._entries, []
+        metrics.active_requests.set(self._active)
+        for entry in entries:
+            method = entry.method if entry.method in _METHODS else "_OTHER"
+            _request_duration(method, entry.route, str(entry.status)).observe(entry.seconds)
+        if entries:
+            logs.log_requests(entries)
+
+
+def _client_request_id(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            return value.decode() if _REQUEST_ID.fullmatch(value) else None
+    return None
+
+
+class BodyLimit:
+    """Refuses a body that is too large with 413, before it has been read whole.
+
+    FastAPI's own `max_body_size` responds in text/plain. This error is raised where the body is
+    read, so it gets the same response as all other errors.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self.app(scope, receive, send)
+            return
+
+        limit = MAX_IMPORT_BYTES if scope["path"].endswith("/import") else MAX_BODY_BYTES
+        content_length = int(Headers(scope=scope).get("content-length", 0))
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            if content_length <= limit:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if size <= limit:
+                    return message
+            raise HTTPException(413, f"The body is longer than {limit} bytes")
+
+        await self.app(scope, limited, send)

@@ -1,0 +1,1 @@
+"""The layer between the routes and the database. It serves any table."""

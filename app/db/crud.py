@@ -1,0 +1,243 @@
+"""The statements of one table: create, list, get, update and delete.
+
+Each function runs one statement, so it is atomic and takes one round trip.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from operator import attrgetter
+from types import NoneType
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
+
+from pydantic import TypeAdapter
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Delete,
+    Select,
+    Table,
+    Update,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
+from sqlmodel import Session, SQLModel
+
+from app.db import etags
+from app.db.pagination import Cursor, Order, Page, Position, page_statement
+from app.errors import Changed, NotFound
+
+Create = TypeVar("Create", bound=SQLModel)
+
+
+class Record(NamedTuple):
+    """A row as clients see it."""
+
+    id: int
+    version: int
+    public: dict[str, Any]  # In the order of the public model's fields.
+
+
+Records = list[Record]
+_id = attrgetter("id")
+
+
+class Crud(Generic[Create]):
+    """Reads and writes one table. Builds each statement on first use.
+
+    `public` is the model of responses: its fields are the columns that are read, in their order in
+    JSON. `create` is the model of new rows: its fields are the columns that an insert writes.
+    `sorts` are the sort keys of lists, such as `name` and `-name`. `filters` are conditions by
+    name, with one parameter of the same name each. The table has the columns `id` and `version`.
+    """
+
+    def __init__(
+        self,
+        model: type[SQLModel],
+        *,
+        public: type[SQLModel],
+        create: type[Create],
+        sorts: Sequence[str],
+        filters: Mapping[str, ColumnElement[bool]],
+    ) -> None:
+        self.name = model.__name__
+        self.table: Table = inspect(model).local_table
+        self.public = public
+        self.create_model = create
+        self.orders = {key: self._order(key) for key in sorts}
+        self.filters = filters
+        self.names = list(public.model_fields)
+        self.public_columns = [self.table.c[name] for name in self.names]
+        self._id_index = self.names.index("id")
+        # Clients choose filters and members: a limit keeps the caches small.
+        self._list_statement = lru_cache(maxsize=256)(self._build_list)
+        self._count_statement = lru_cache(maxsize=256)(self._build_count)
+        self._update_statement = lru_cache(maxsize=256)(self._build_update)
+        self._delete_statement = lru_cache(maxsize=2)(self._build_delete)
+
+    def create(self, session: Session, row: Create) -> Record:
+        """Insert the row and return it with its id."""
+        [record] = self.create_many(session, [row])
+        return record
+
+    def create_many(self, session: Session, rows: list[Create]) -> Records:
+        """Insert the rows and return them in the same order."""
+        parameters = [row.model_dump() for row in rows]
+        # One INSERT with many VALUES. The database gives out ids in their order, but may return the
+        # rows in another one.
+        return sorted(self._records(session, self._insert, parameters), key=_id)
+
+    def list(self, session: Session, page: Page) -> Records:
+        """Return the rows of the page, at most `page.limit`."""
+        parameters = {**page.filters, "limit": page.limit, "offset": page.offset}
+        if page.after:
+            parameters |= {"after_value": page.after.value, "after_id": page.after.id}
+        statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
+        return self._records(session, statement, parameters)
+
+    def count(self, session: Session, filters: Mapping[str, Any]) -> int:
+        """Return the number of rows that match the filters."""
+        statement = self._count_statement(frozenset(filters))
+        return int(session.connection().execute(statement, dict(filters)).scalar_one())
+
+    def get(self, session: Session, row_id: int) -> Record | None:
+        """Return the row with this id, or None."""
+        records = self._records(session, self._select.where(self._has_id), {"row_id": row_id})
+        return records[0] if records else None
+
+    def get_many(self, session: Session, ids: Sequence[int]) -> Sequence[Record | None]:
+        """Return the rows with these ids, in the same order, and None for a missing row."""
+        distinct = list(set(ids))
+        # An array on PostgreSQL, a JSON array on SQLite: one parameter for any number of ids.
+        if session.get_bind().dialect.name == "postgresql":
+            records = self._records(session, self._select_by_array, {"ids": distinct})
+        else:
+            records = self._records(session, self._select_by_json, {"ids": json.dumps(distinct)})
+        found = {record.id: record for record in records}
+        return [found.get(row_id) for row_id in ids]
+
+    def update(
+        self, session: Session, row_id: int, changes: SQLModel, if_match: str | None
+    ) -> Record:
+        """Write the members of `changes` that are set, and return the row.
+
+        Raises `NotFound` if there is no such row, and `Changed` if it does not match `if_match`, a
+        valid If-Match header.
+        """
+        values = changes.model_dump(exclude_unset=True)
+        parameters = {f"new_{name}": value for name, value in values.items()}
+        parameters |= self._versions(if_match) | {"row_id": row_id}
+        statement = self._update_statement(frozenset(values), "versions" in parameters)
+        records = self._records(session, statement, parameters)
+        if not records:
+            raise self._not_written(session, row_id, if_match)
+        return records[0]
+
+    def delete(self, session: Session, row_id: int, if_match: str | None) -> None:
+        """Delete the row. Raises the same errors as `update`."""
+        parameters = self._versions(if_match) | {"row_id": row_id}
+        statement = self._delete_statement("versions" in parameters)
+        if not session.connection().execute(statement, parameters).rowcount:
+            raise self._not_written(session, row_id, if_match)
+
+    def not_found(self) -> NotFound:
+        """Return the error for an id without a row."""
+        return NotFound(f"{self.name} not found")
+
+    def cursor(self, record: Record, sort: str) -> Cursor:
+        """Return the cursor of the page that follows this row."""
+        return Cursor(sort, record.public[self.orders[sort].column.name], record.id)
+
+    def _order(self, key: str) -> Order:
+        name = key.removeprefix("-")
+        values: TypeAdapter[Any] = TypeAdapter(
+            plain_type(self.public.model_fields[name].annotation)
+        )
+        return Order(key, self.table.c[name], key.startswith("-"), values)
+
+    def _versions(self, if_match: str | None) -> dict[str, Any]:
+        versions = None if if_match is None else etags.versions(if_match)
+        return {} if versions is None else {"versions": list(versions)}
+
+    def _not_written(self, session: Session, row_id: int, if_match: str | None) -> Exception:
+        """Return the reason why no row was written. It takes a second statement."""
+        if if_match is None or not self.get(session, row_id):
+            return self.not_found()
+        return Changed(f"The {self.name.lower()} has changed")
+
+    def _records(self, session: Session, statement: Any, parameters: Any) -> Records:
+        rows = session.connection().execute(statement, parameters)
+        names, id_index = self.names, self._id_index
+        # The row ends with the version, for which there is no name.
+        return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
+
+    @cached_property
+    def _read(self) -> Sequence[ColumnElement[Any]]:
+        return [*self.public_columns, self.table.c.version]
+
+    @cached_property
+    def _select(self) -> Select[Any]:
+        return select(*self._read)
+
+    @cached_property
+    def _has_id(self) -> ColumnElement[bool]:
+        # As bigint, so that an id outside of an integer's range is not found instead of an error.
+        return self.table.c.id == bindparam("row_id", type_=BigInteger)
+
+    @cached_property
+    def _has_version(self) -> ColumnElement[bool]:
+        return self.table.c.version.in_(bindparam("versions", expanding=True))
+
+    @cached_property
+    def _insert(self) -> Any:
+        return insert(self.table).returning(*self._read)
+
+    @cached_property
+    def _select_by_array(self) -> Select[Any]:
+        ids = bindparam("ids", type_=ARRAY(BigInteger))
+        return self._select.where(self.table.c.id == func.any(ids))
+
+    @cached_property
+    def _select_by_json(self) -> Select[Any]:
+        ids = func.json_each(bindparam("ids")).table_valued("value").c.value
+        return self._select.where(self.table.c.id.in_(select(ids)))
+
+    def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> Select[Any]:
+        rows = self._select.where(*(self.filters[name] for name in filters))
+        return page_statement(rows, self.table, self.orders[sort], position)
+
+    def _build_count(self, filters: frozenset[str]) -> Select[Any]:
+        conditions = (self.filters[name] for name in filters)
+        return select(func.count()).select_from(self.table).where(*conditions)
+
+    def _build_update(self, names: frozenset[str], has_versions: bool) -> Select[Any] | Update:
+        conditions = self._conditions(has_versions)
+        if not names:
+            return self._select.where(*conditions)
+        values = {name: bindparam(f"new_{name}", type_=self.table.c[name].type) for name in names}
+        return (
+            update(self.table)
+            .where(*conditions)
+            .values(version=self.table.c.version + 1, **values)
+            .returning(*self._read)
+        )
+
+    def _build_delete(self, has_versions: bool) -> Delete:
+        return delete(self.table).where(*self._conditions(has_versions))
+
+    def _conditions(self, has_versions: bool) -> Sequence[ColumnElement[bool]]:
+        return [self._has_id, self._has_version] if has_versions else [self._has_id]
+
+
+def plain_type(annotation: Any) -> Any:
+    """Return a field's type without `Annotated` and without None: `int` for `Age | None`."""
+    if get_origin(annotation) is Annotated:
+        return plain_type(get_args(annotation)[0])
+    types = [each for each in get_args(annotation) if each is not NoneType]
+    return plain_type(types[0]) if NoneType in get_args(annotation) else annotation

@@ -1,0 +1,119 @@
+"""The gunicorn worker: uvicorn's worker, with draining before it stops."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from gunicorn.arbiter import Arbiter
+from uvicorn.server import Server
+from uvicorn_worker import UvicornWorker
+
+from app.server.protocol import BoundedProtocol
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class DrainingServer(Server):
+    """Stops without losing a request that a client has sent.
+
+    uvicorn closes idle keep-alive connections immediately, although a request may be on its way.
+    This server first stops accepting connections, which other workers accept on the same listeners.
+    It then sends `connection: close` with each response, and waits until all connections are
+    closed: by their clients, or by the keep-alive timeout.
+    """
+
+    drain_seconds: float = 25
+
+    async def shutdown(self, sockets: object = None) -> None:  # noqa: ARG002  (Closed with the servers.)
+        self.lifespan.state["draining"] = True  # For /health/ready.
+        for server in self.servers:
+            server.close()
+        close = (b"connection", b"close")
+        self.server_state.default_headers = [*self.server_state.default_headers, close]
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle and not cycle.response_started:  # A started response has sent its headers.
+                cycle.keep_alive = False
+        logger.info("Draining %d connections", len(self.server_state.connections))
+        deadline = time.monotonic() + self.drain_seconds
+        while self.server_state.connections and time.monotonic() < deadline:
+            if self.config.callback_notify:  # The heartbeat: without it gunicorn kills the worker.
+                await self.config.callback_notify()
+            await asyncio.sleep(0.05)
+        await super().shutdown()
+
+
+class Worker(UvicornWorker):  # type: ignore[misc]
+    """The value of gunicorn's `worker_class`."""
+
+    CONFIG_KWARGS = {  # noqa: RUF012
+        "loop": "uvloop",
+        "http": BoundedProtocol,
+        "ws": "none",
+        # app/api/middleware.py writes the access log.
+        "access_log": False,
+        "server_header": False,
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Seconds between heartbeats. The default is half of gunicorn's `timeout`.
+        self.config.timeout_notify = 1
+        # Seconds that open connections get after draining. gunicorn then kills the worker.
+        self.config.timeout_graceful_shutdown = 2
+
+    async def _serve(self) -> None:
+        self.config.app = self.wsgi
+        server = DrainingServer(self.config)
+        server.drain_seconds = self.cfg.graceful_timeout - 5
+        self._install_sigquit_handler()
+        await server.serve(sockets=self.sockets)
+        if not server.started:
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+
+def log_connection_budget(settings: Settings, workers: int) -> None:
+    """Log how many connections all workers may open, and warn if the server allows fewer.
+
+    If the server is down, only a warning is logged.
+    """
+    budget = workers * settings.database_pool_size
+    logger.info(
+        "Connection budget: %d workers x pool of %d = %d",
+        workers,
+        settings.database_pool_size,
+        budget,
+    )
+    if settings.database_url.get_backend_name() != "postgresql":
+        return
+    url = settings.database_url.set(drivername="postgresql")
+    try:
+        with psycopg.connect(
+            url.render_as_string(hide_password=False), connect_timeout=2
+        ) as connection:
+            allowed = _allowed_connections(connection)
+    except psycopg.Error as error:
+        logger.warning("Could not read the server's max_connections: %s", type(error).__name__)
+        return
+    if budget > allowed:
+        logger.warning(
+            "The connection budget of %d exceeds the %d that the server allows:"
+            " lower DATABASE_POOL_SIZE or WEB_CONCURRENCY, or raise max_connections",
+            budget,
+            allowed,
+        )
+
+
+def _allowed_connections(connection: psycopg.Connection) -> int:
+    row: Sequence[int] | None = connection.execute(
+        "SELECT current_setting('max_connections')::int"
+        " - current_setting('superuser_reserved_connections')::int"
+        # New in PostgreSQL 16.
+        " - coalesce(current_setting('reserved_connections', true), '0')::int"
+    ).fetchone()
+    return row[0] if row else 0
