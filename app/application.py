@@ -62,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = database
     app.state.revisions = Revisions.of_the_code()
-    app.include_router(heroes.router)
+    app.include_router(heroes.router, responses=openapi.ERRORS)
     app.include_router(health.router)
     openapi.customize(app, has_tokens=bool(settings.api_tokens))
     exception_handlers.register(app)

@@ -109,11 +109,14 @@ def test_filters_and_counts_take_the_same_conditions(session: Session) -> None:
 
 @pytest.mark.parametrize("file_format", ["ndjson", "csv"])
 def test_a_table_with_reserved_names_is_imported_and_exported(
-    session: Session, file_format: Format
+    session: Session, empty_database: URL, file_format: Format
 ) -> None:
     created = create(session)
     lines = encode_rows((), orders.names, file_format, header=True)
-    lines += b"".join(part for _, part in dump(session, orders, file_format))
+    engine = create_engine(empty_database)
+    with Session(engine) as transaction:
+        lines += b"".join(part for _, part in dump(transaction, orders, file_format))
+    engine.dispose()
     rows = read_rows(OrderCreate, io.BytesIO(lines), file_format)
     session.connection().exec_driver_sql('DELETE FROM "order"')
     assert load(session, orders, rows) == len(ROWS)

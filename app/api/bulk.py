@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app.api.middleware import MAX_IMPORT_BYTES
+from app.api.parameters import check_single
 from app.db.crud import Crud, Records
 from app.db.database import Database
 from app.db.pagination import Page
@@ -52,19 +53,25 @@ class Imported(BaseModel):
 
 
 async def export_rows(
-    request: Request, database: Database, crud: Crud[Any], query: ExportQuery, *, filename: str
+    request: Request, database: Database, crud: Crud[Any], query: ExportQuery
 ) -> StreamingResponse:
-    """Return a streamed response with all rows that match the filters, ordered by id."""
+    """Return a streamed response with all rows that match the filters, ordered by id.
+
+    It reads page by page, so a slow client holds neither a connection nor a snapshot. A row that
+    exists during the whole export appears exactly once.
+    """
+    check_single(request)
     file_format = query.format or _accepted_format(request.headers.get("accept", ""))
     filters = query.model_dump(include=set(crud.filters), exclude_none=True)
     page = Page(_PAGE_SIZE, filters=filters)
     # Before the response starts, so that an error still gets its status.
     rows = await database.run(crud.list, page)
+    filename = f"{request.scope['path'].split('/')[-2]}.{file_format}"
     return StreamingResponse(
         _lines(database, crud, page, rows, file_format),
         media_type=MEDIA_TYPES[file_format],
         headers={
-            "Content-Disposition": f'attachment; filename="{filename}.{file_format}"',
+            "Content-Disposition": f'attachment; filename="{filename}"',
             "Vary": "Accept",
         },
     )
@@ -83,8 +90,9 @@ async def _lines(
 async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> JSONResponse:
     """Create all rows of the body in one transaction.
 
-    Raises `HTTPException` for an unsupported type or an incomplete body, and `ImportRefused` for
-    wrong lines.
+    The body is stored in a file, and every line is checked, before a connection is used.
+    Raises `HTTPException` for an unsupported type or an incomplete body, and `ImportRefused`
+    for wrong lines.
     """
     file_format = _content_format(request.headers.get("content-type", ""))
     gzipped = _is_gzip(request.headers.get("content-encoding", "identity"))
@@ -111,43 +119,56 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
     return JSONResponse({"created": count})
 
 
-def only(router: APIRouter, path: str, method: str) -> None:
-    """Respond to other methods of this path with 405.
+def refuse_other_methods(router: APIRouter) -> None:
+    """Respond to other methods of the export and the import with 405.
 
     Without it, they would reach a route like `/{id}`, which refuses the path as an invalid id.
     """
+    for path, method in (("/export", "GET"), ("/import", "POST")):
 
-    async def method_not_allowed() -> None:
-        raise HTTPException(405, headers={"Allow": method})
+        async def method_not_allowed(allowed: str = method) -> None:
+            raise HTTPException(405, headers={"Allow": allowed})
 
-    others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - {method})
-    router.add_api_route(path, method_not_allowed, methods=others, include_in_schema=False)
+        others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - {method})
+        router.add_api_route(path, method_not_allowed, methods=others, include_in_schema=False)
 
 
-def contents(model: type[SQLModel]) -> dict[str, Any]:
-    """Return the OpenAPI content of a file with the model's example, in both formats."""
-    [row] = model.model_json_schema()["examples"]
-    names = [name for name in model.model_fields if name in row]
-    formats: dict[str, Format] = {"application/x-ndjson": "ndjson", "text/csv": "csv"}
+def export_docs(model: type[SQLModel]) -> dict[str, Any]:
+    """Return the arguments for the decorator of an export of these rows."""
     return {
-        media_type: {
-            "schema": {"type": "string"},
-            "example": encode_rows([row], names, file_format, header=True).decode(),
-        }
-        for media_type, file_format in formats.items()
+        "response_class": StreamingResponse,
+        "response_description": "One line per row",
+        "responses": {200: {"content": _contents(model)}},
     }
 
 
-def import_body(model: type[SQLModel]) -> dict[str, Any]:
-    """Return `openapi_extra` for an import of the model's rows."""
+def import_docs(model: type[SQLModel]) -> dict[str, Any]:
+    """Return the arguments for the decorator of an import of these rows."""
     encoding = {
         "name": "Content-Encoding",
         "in": "header",
         "description": "Whether the body is compressed",
         "schema": {"type": "string", "enum": ["gzip", "x-gzip", "identity"]},
     }
-    body = {"required": True, "content": contents(model)}
-    return {"parameters": [encoding], "requestBody": body}
+    body = {"required": True, "content": _contents(model)}
+    return {
+        "response_model": Imported,
+        "response_description": "The number of new rows",
+        "openapi_extra": {"parameters": [encoding], "requestBody": body},
+    }
+
+
+def _contents(model: type[SQLModel]) -> dict[str, Any]:
+    """Return the example of the model in both formats."""
+    [row] = model.model_json_schema()["examples"]
+    names = [name for name in model.model_fields if name in row]
+    return {
+        MEDIA_TYPES[file_format].partition(";")[0]: {
+            "schema": {"type": "string"},
+            "example": encode_rows([row], names, file_format, header=True).decode(),
+        }
+        for file_format in MEDIA_TYPES
+    }
 
 
 def _accepted_format(accept: str) -> Format:

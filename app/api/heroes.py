@@ -3,12 +3,11 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field, model_validator
 
 from app.api import bulk
 from app.api.auth import WriteAccess
-from app.api.openapi import Deleted, responses
+from app.api.openapi import Deleted
 from app.api.parameters import (
     DatabaseDep,
     IdempotencyKey,
@@ -16,7 +15,6 @@ from app.api.parameters import (
     IfNoneMatch,
     PageQuery,
     RowId,
-    SingleQueryParameters,
     invalid,
     page_of,
 )
@@ -53,16 +51,11 @@ class HeroExport(bulk.ExportQuery, HeroFilters):
     """The query parameters of an export."""
 
 
-bulk.only(router, "/export", "GET")
-bulk.only(router, "/import", "POST")
-
-
 # The paths without a slash at the end respond in the same way, without a redirect.
 @router.post(
     "/",
     response_model=HeroPublic,
     response_description="The new hero",
-    responses=responses(400, 409, 413, headers=["ETag", "Location", "Idempotency-Replayed"]),
     dependencies=[WriteAccess],
 )
 @router.post("", include_in_schema=False, dependencies=[WriteAccess])
@@ -78,65 +71,36 @@ async def create_hero(
     return created(request, await database.run_batched(heroes.create_many, hero))
 
 
-@router.get(
-    "/",
-    response_model=list[HeroPublic],
-    response_description="A page of heroes",
-    responses=responses(headers=["Link", "X-Total-Count"]),
-    dependencies=[SingleQueryParameters],
-)
-@router.get("", include_in_schema=False, dependencies=[SingleQueryParameters])
+@router.get("/", response_model=list[HeroPublic], response_description="A page of heroes")
+@router.get("", include_in_schema=False)
 async def read_heroes(
     request: Request, database: DatabaseDep, query: Annotated[HeroQuery, Query()]
 ) -> Response:
     """List heroes in a total order, page by page."""
-    page = page_of(heroes, query)
+    page = page_of(request, heroes, query)
     rows = await database.run(heroes.list, page)
     total = await database.run(heroes.count, page.filters) if query.total else None
     return many(request, heroes, page, rows, total)
 
 
-@router.get(
-    "/export",
-    response_class=Response,
-    response_description="A line per hero",
-    responses=responses(content=bulk.contents(HeroPublic), headers=["Content-Disposition", "Vary"]),
-    dependencies=[SingleQueryParameters],
-)
+@router.get("/export", **bulk.export_docs(HeroPublic))
 async def export_heroes(
     request: Request, database: DatabaseDep, query: Annotated[HeroExport, Query()]
-) -> StreamingResponse:
-    """Stream all heroes that match, in the order of their ids.
-
-    The export reads page by page, so a slow client holds neither a connection nor a snapshot. A
-    hero that exists during the whole export appears exactly once.
-    """
-    return await bulk.export_rows(request, database, heroes, query, filename="heroes")
+) -> Response:
+    """Stream all heroes that match, ordered by id."""
+    return await bulk.export_rows(request, database, heroes, query)
 
 
-@router.post(
-    "/import",
-    response_model=bulk.Imported,
-    response_description="The number of heroes that were created",
-    responses=responses(400, 409, 413, 415),
-    openapi_extra=bulk.import_body(HeroCreate),
-    dependencies=[WriteAccess],
-)
-async def import_heroes(request: Request, database: DatabaseDep) -> JSONResponse:
-    """Create all heroes of the body, or none.
-
-    The service stores the body in a file and checks every line before it uses a connection. Slow
-    clients and wrong lines cost the database nothing.
-    """
+@router.post("/import", **bulk.import_docs(HeroCreate), dependencies=[WriteAccess])
+async def import_heroes(request: Request, database: DatabaseDep) -> Response:
+    """Create all heroes of the body, or none."""
     return await bulk.import_rows(request, database, heroes)
 
 
-@router.get(
-    "/{hero_id}",
-    response_model=HeroPublic,
-    response_description="The hero",
-    responses=responses(304, 404, headers=["ETag"]),
-)
+bulk.refuse_other_methods(router)
+
+
+@router.get("/{hero_id}", response_model=HeroPublic, response_description="The hero")
 async def read_hero(
     hero_id: RowId, database: DatabaseDep, if_none_match: IfNoneMatch = None
 ) -> Response:
@@ -151,27 +115,24 @@ async def read_hero(
     "/{hero_id}",
     response_model=HeroPublic,
     response_description="The changed hero",
-    responses=responses(400, 404, 409, 412, 413, headers=["ETag"]),
     dependencies=[WriteAccess],
 )
 async def update_hero(
     hero_id: RowId, hero: HeroUpdate, database: DatabaseDep, if_match: IfMatch = None
 ) -> Response:
-    """Change the members that are given, and leave the others."""
-    row = await database.run(heroes.update, hero_id, hero, if_match)
-    return one(row)
+    """Change the given members of a hero."""
+    return one(await database.run(heroes.update, hero_id, hero, if_match))
 
 
 @router.delete(
     "/{hero_id}",
     response_model=Deleted,
     response_description="The hero is deleted",
-    responses=responses(404, 412),
     dependencies=[WriteAccess],
 )
 async def delete_hero(
     hero_id: RowId, database: DatabaseDep, if_match: IfMatch = None
-) -> JSONResponse:
+) -> dict[str, bool]:
     """Delete a hero."""
     await database.run(heroes.delete, hero_id, if_match)
-    return JSONResponse({"ok": True})
+    return {"ok": True}

@@ -1,7 +1,6 @@
-"""What OpenAPI documents beyond the signatures of the routes: errors, headers and examples."""
+"""What OpenAPI documents beyond the signatures of the routes: errors and headers."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from http import HTTPStatus
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -10,19 +9,24 @@ from pydantic import BaseModel, ConfigDict
 from app import NAME
 
 PROBLEM_JSON = "application/problem+json"
+_INVALID = [{"type": "int_parsing", "loc": ["query", "limit"], "msg": "Input should be a number"}]
+
+
+def _example(**members: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [members]})
 
 
 class Deleted(BaseModel):
     """The body of the response to a delete."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"ok": True}]})
-
+    model_config = _example(ok=True)
     ok: Literal[True]
 
 
 class Error(BaseModel):
     """The body of an error."""
 
+    model_config = _example(detail="The database is unavailable")
     detail: str
 
 
@@ -37,12 +41,19 @@ class InvalidValue(BaseModel):
 class ValidationProblem(BaseModel):
     """The body of a 422."""
 
+    model_config = _example(detail=_INVALID)
     detail: list[InvalidValue]
 
 
 class Problem(BaseModel):
     """An error in the format of RFC 9457, if the Accept header has application/problem+json."""
 
+    model_config = _example(
+        type="about:blank",
+        title="Service Unavailable",
+        status=503,
+        detail="The database is unavailable",
+    )
     type: Literal["about:blank"]
     title: str
     status: int
@@ -50,7 +61,8 @@ class Problem(BaseModel):
     errors: list[InvalidValue] | None = None
 
 
-_ERRORS = {
+_DESCRIPTIONS = {
+    304: "The client has this version",
     400: "The body could not be read",
     401: "The request has no valid token",
     403: "The scope of the token does not allow this",
@@ -62,24 +74,20 @@ _ERRORS = {
     422: "The request is not valid",
     503: "The database is unavailable",
 }
-_ERROR_HEADERS = {
-    401: ["WWW-Authenticate"],
-    415: ["Accept-Encoding"],
-    503: ["Retry-After"],
+# The errors of every route, for `include_router`.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    422: {"model": ValidationProblem, "description": _DESCRIPTIONS[422]},
+    503: {"model": Error, "description": _DESCRIPTIONS[503]},
 }
-_INVALID = [{"type": "int_parsing", "loc": ["query", "limit"], "msg": "Input should be a number"}]
 _HEADERS: dict[str, tuple[str, str | int]] = {
     "X-Request-ID": (
-        "The request's own X-Request-ID, or a new one. The log contains it.",
-        "8a6b2f0e9c3d4d5f8a6b2f0e9c3d4d5f",
+        "The request's own id, or a new one. The log contains it.",
+        "8a6b2f0e9c3d4d5f",
     ),
     "ETag": ("The version of the row, for If-Match and If-None-Match", '"1"'),
     "Location": ("The path of the new row", f"/{NAME}/2"),
     "Idempotency-Replayed": ("An earlier request with this key created the row", "true"),
-    "Link": (
-        'The next page, with rel="next", if there is one (RFC 8288)',
-        f'</{NAME}/?limit=2&after=WyJpZCIsMiwyXQ>; rel="next"',
-    ),
+    "Link": ("The next page, if there is one (RFC 8288)", f'</{NAME}/?after=WyJ>; rel="next"'),
     "X-Total-Count": ("The number of rows of all pages, if requested by `total`", 1042),
     "Content-Disposition": ("A name for the file", f'attachment; filename="{NAME}.csv"'),
     "Vary": ("The response depends on the Accept header", "Accept"),
@@ -87,34 +95,24 @@ _HEADERS: dict[str, tuple[str, str | int]] = {
     "WWW-Authenticate": ("How to authenticate (RFC 6750)", "Bearer"),
     "Accept-Encoding": ("The supported codings (RFC 9110)", "gzip"),
 }
-
-
-def responses(
-    *statuses: int, headers: Sequence[str] = (), content: Mapping[str, Any] | None = None
-) -> dict[int | str, dict[str, Any]]:
-    """Return `responses=` for a route: its headers and content on success, and its other statuses.
-
-    Every route can respond with 422 and 503.
-    """
-    ok: dict[str, Any] = {"headers": _headers(headers)} | ({"content": content} if content else {})
-    found: dict[int | str, dict[str, Any]] = {200: ok}
-    for status in (*statuses, 422, 503):
-        if status == 304:
-            found[status] = {
-                "description": "The client has this version",
-                "headers": _headers(headers),
-            }
-        else:
-            model = ValidationProblem if status == 422 else Error
-            found[status] = {"model": model, "description": _ERRORS[status]}
-    return found
+_ERROR_HEADERS = {"401": ["WWW-Authenticate"], "415": ["Accept-Encoding"], "503": ["Retry-After"]}
+# What a parameter adds to its operation: further statuses, and headers of the successful response.
+_OF_PARAMETERS: dict[str, tuple[list[int], list[str]]] = {
+    "if-match": ([412], ["ETag"]),
+    "if-none-match": ([304], ["ETag"]),
+    "idempotency-key": ([], ["ETag", "Location", "Idempotency-Replayed"]),
+    "after": ([], ["Link", "X-Total-Count"]),
+    "format": ([], ["Content-Disposition", "Vary"]),
+    "Content-Encoding": ([415], []),
+}
 
 
 def customize(app: FastAPI, *, has_tokens: bool) -> None:
     """Complete the OpenAPI document that FastAPI generates.
 
-    Each response gets its common headers and an example. Each error gets its form of RFC 9457.
-    Parameters lose null, which no client can send. Security is documented if tokens are set.
+    Each operation gets the statuses and headers that follow from its parameters and its body, and
+    each error its form of RFC 9457. Parameters lose null, which no client can send. Security is
+    documented only if tokens are set.
     """
     generate = app.openapi
 
@@ -122,14 +120,18 @@ def customize(app: FastAPI, *, has_tokens: bool) -> None:
         if app.openapi_schema:
             return app.openapi_schema
         document = generate()
-        schemas = document.get("components", {}).get("schemas", {})
-        for operation in _operations(document):
-            _complete(operation, schemas, has_tokens=has_tokens)
+        components = document.get("components", {})
+        schemas = components.get("schemas", {})
         if not has_tokens:
-            document.get("components", {}).pop("securitySchemes", None)
+            components.pop("securitySchemes", None)
         if "Error" in schemas:
             schemas["Problem"] = Problem.model_json_schema(ref_template=_REFERENCE)
             schemas["Problem"].pop("$defs")
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if not has_tokens:
+                    operation.pop("security", None)
+                _complete(path, method, operation)
         for schema in schemas.values():
             for member in schema.get("properties", {}).values():
                 if member.get("default", ...) is None:
@@ -142,76 +144,43 @@ def customize(app: FastAPI, *, has_tokens: bool) -> None:
 _REFERENCE = "#/components/schemas/{model}"
 
 
-def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for path in document["paths"].values():
-        yield from path.values()
-
-
-def _complete(operation: dict[str, Any], schemas: dict[str, Any], *, has_tokens: bool) -> None:
-    for parameter in operation.get("parameters", ()):
+def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
+    parameters = operation.get("parameters", [])
+    statuses = [401, 403] if "security" in operation else []
+    statuses += [404] if "{" in path else []
+    statuses += [400, 409, 413] if "requestBody" in operation else []
+    headers: list[str] = []
+    for parameter in parameters:
         for either in parameter["schema"].pop("anyOf", ()):
             if either != {"type": "null"}:
                 parameter["schema"] |= either
-    if "security" in operation and not has_tokens:
-        del operation["security"]
-    elif "security" in operation:
-        for status in (401, 403):
-            schema = {"$ref": _REFERENCE.format(model="Error")}
-            content = {"application/json": {"schema": schema}}
-            operation["responses"][str(status)] = {
-                "description": _ERRORS[status],
-                "content": content,
+        more_statuses, more_headers = _OF_PARAMETERS.get(parameter["name"], ([], []))
+        statuses += more_statuses
+        headers += more_headers if method != "delete" else []
+    responses = operation["responses"]
+    for status in statuses:
+        responses.setdefault(str(status), {"description": _DESCRIPTIONS[status]})
+    for status, response in responses.items():
+        if status >= "4":
+            model = "ValidationProblem" if status == "422" else "Error"
+            response["content"] = {
+                "application/json": _content(model),
+                PROBLEM_JSON: _content("Problem"),
             }
-    for status, response in operation["responses"].items():
-        code = int(status) if status.isdigit() else 0
-        response.setdefault("headers", {}).update(
-            _headers(["X-Request-ID", *_ERROR_HEADERS.get(code, ())])
-        )
-        if code >= 400:
-            _complete_error(code, response)
-        else:
-            _add_examples(response, schemas)
-    _add_examples(operation.get("requestBody", {}), schemas)
+        own = headers if status < "4" else _ERROR_HEADERS.get(status, [])
+        response["headers"] = _headers(["X-Request-ID", *own])
 
 
-def _complete_error(status: int, response: dict[str, Any]) -> None:
-    detail = response["description"]
-    problem: dict[str, Any] = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-    }
-    if status == 422:
-        problem["errors"] = _INVALID
-    content = response["content"]
-    content["application/json"]["example"] = {"detail": _INVALID if status == 422 else detail}
-    reference = {"$ref": _REFERENCE.format(model="Problem")}
-    content[PROBLEM_JSON] = {"schema": reference, "example": problem}
+def _content(model: str) -> dict[str, Any]:
+    return {"schema": {"$ref": _REFERENCE.format(model=model)}}
 
 
-def _add_examples(body: dict[str, Any], schemas: dict[str, Any]) -> None:
-    for content in body.get("content", {}).values():
-        example = _example(content.get("schema", {}), schemas)
-        if example is not None:
-            content.setdefault("example", example)
-
-
-def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
-    """Return the example of the schema's model, or an array with it."""
-    if schema.get("type") == "array":
-        example = _example(schema["items"], schemas)
-        return None if example is None else [example]
-    model = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
-    return model.get("examples", [None])[0]
-
-
-def _headers(names: Sequence[str]) -> dict[str, Any]:
+def _headers(names: Iterable[str]) -> dict[str, Any]:
     return {
         name: {
-            "description": _HEADERS[name][0],
-            "schema": {"type": "integer" if isinstance(_HEADERS[name][1], int) else "string"},
-            "example": _HEADERS[name][1],
+            "description": description,
+            "schema": {"type": "integer" if isinstance(example, int) else "string"},
+            "example": example,
         }
-        for name in names
+        for name, (description, example) in ((name, _HEADERS[name]) for name in names)
     }

@@ -56,11 +56,12 @@ class PageQuery(BaseModel):
     total: bool = Field(False, description="Count the rows of all pages in X-Total-Count")
 
 
-def page_of(crud: Crud[Any], query: PageQuery) -> Page:
+def page_of(request: Request, crud: Crud[Any], query: PageQuery) -> Page:
     """Return the page that a query asks for, and one row more to know whether there is a next page.
 
-    Raises `RequestValidationError` for an invalid cursor.
+    Raises `RequestValidationError` for an invalid cursor or a repeated parameter.
     """
+    check_single(request)
     cursor = None
     if query.after is not None:
         if query.offset:
@@ -78,17 +79,16 @@ def invalid(where: str, name: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"type": "value_error", "loc": (where, name), "msg": message}])
 
 
-async def _single_query_parameters(request: Request) -> None:
+def check_single(request: Request) -> None:
+    """Raise `RequestValidationError` if a query parameter is repeated.
+
+    FastAPI would use its last value, and silently ignore a filter.
+    """
     names = [name for name, _ in request.query_params.multi_items()]
-    if len(names) > len(set(names)):
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise RequestValidationError(
             [
                 {"type": "repeated", "loc": ("query", name), "msg": "Should be given once"}
-                for name in dict.fromkeys(names)
-                if names.count(name) > 1
+                for name in repeated
             ]
         )
-
-
-# FastAPI uses the last value of a repeated parameter. A filter that is silently ignored is a bug.
-SingleQueryParameters = Depends(_single_query_parameters)

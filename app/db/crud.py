@@ -5,28 +5,13 @@ Each function runs one statement, so it is atomic and takes one round trip.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from operator import attrgetter
 from types import NoneType
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
+import sqlalchemy as sa
 from pydantic import TypeAdapter
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    ColumnElement,
-    Delete,
-    Select,
-    Table,
-    Update,
-    bindparam,
-    delete,
-    func,
-    insert,
-    inspect,
-    select,
-    update,
-)
 from sqlmodel import Session, SQLModel
 
 from app.db import etags
@@ -64,10 +49,10 @@ class Crud(Generic[Create]):
         public: type[SQLModel],
         create: type[Create],
         sorts: Sequence[str],
-        filters: Mapping[str, ColumnElement[bool]],
+        filters: Mapping[str, sa.ColumnElement[bool]],
     ) -> None:
         self.name = model.__name__
-        self.table: Table = inspect(model).local_table
+        self.table: sa.Table = sa.inspect(model).local_table
         self.public = public
         self.create_model = create
         self.orders = {key: self._order(key) for key in sorts}
@@ -75,6 +60,19 @@ class Crud(Generic[Create]):
         self.names = list(public.model_fields)
         self.public_columns = [self.table.c[name] for name in self.names]
         self._id_index = self.names.index("id")
+        read = [*self.public_columns, self.table.c.version]
+        row_id = self.table.c.id
+        # As bigint, so that an id outside of an integer's range is not found instead of an error.
+        self._has_id = row_id == sa.bindparam("row_id", type_=sa.BigInteger)
+        self._has_version = self.table.c.version.in_(sa.bindparam("versions", expanding=True))
+        self._select = sa.select(*read)
+        self._insert = sa.insert(self.table).returning(*read)
+        self._update = sa.update(self.table).returning(*read)
+        # An array on PostgreSQL, a JSON array on SQLite: one parameter for any number of ids.
+        array = sa.bindparam("ids", type_=sa.ARRAY(sa.BigInteger))
+        json_array = sa.func.json_each(sa.bindparam("ids")).table_valued("value")
+        self._select_by_array = self._select.where(row_id == sa.func.any(array))
+        self._select_by_json = self._select.where(row_id.in_(sa.select(json_array.c.value)))
         # Clients choose filters and members: a limit keeps the caches small.
         self._list_statement = lru_cache(maxsize=256)(self._build_list)
         self._count_statement = lru_cache(maxsize=256)(self._build_count)
@@ -114,7 +112,6 @@ class Crud(Generic[Create]):
     def get_many(self, session: Session, ids: Sequence[int]) -> Sequence[Record | None]:
         """Return the rows with these ids, in the same order, and None for a missing row."""
         distinct = list(set(ids))
-        # An array on PostgreSQL, a JSON array on SQLite: one parameter for any number of ids.
         if session.get_bind().dialect.name == "postgresql":
             records = self._records(session, self._select_by_array, {"ids": distinct})
         else:
@@ -177,61 +174,30 @@ class Crud(Generic[Create]):
         # The row ends with the version, for which there is no name.
         return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
 
-    @cached_property
-    def _read(self) -> Sequence[ColumnElement[Any]]:
-        return [*self.public_columns, self.table.c.version]
-
-    @cached_property
-    def _select(self) -> Select[Any]:
-        return select(*self._read)
-
-    @cached_property
-    def _has_id(self) -> ColumnElement[bool]:
-        # As bigint, so that an id outside of an integer's range is not found instead of an error.
-        return self.table.c.id == bindparam("row_id", type_=BigInteger)
-
-    @cached_property
-    def _has_version(self) -> ColumnElement[bool]:
-        return self.table.c.version.in_(bindparam("versions", expanding=True))
-
-    @cached_property
-    def _insert(self) -> Any:
-        return insert(self.table).returning(*self._read)
-
-    @cached_property
-    def _select_by_array(self) -> Select[Any]:
-        ids = bindparam("ids", type_=ARRAY(BigInteger))
-        return self._select.where(self.table.c.id == func.any(ids))
-
-    @cached_property
-    def _select_by_json(self) -> Select[Any]:
-        ids = func.json_each(bindparam("ids")).table_valued("value").c.value
-        return self._select.where(self.table.c.id.in_(select(ids)))
-
-    def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> Select[Any]:
+    def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> sa.Select[Any]:
         rows = self._select.where(*(self.filters[name] for name in filters))
         return page_statement(rows, self.table, self.orders[sort], position)
 
-    def _build_count(self, filters: frozenset[str]) -> Select[Any]:
+    def _build_count(self, filters: frozenset[str]) -> sa.Select[Any]:
         conditions = (self.filters[name] for name in filters)
-        return select(func.count()).select_from(self.table).where(*conditions)
+        return sa.select(sa.func.count()).select_from(self.table).where(*conditions)
 
-    def _build_update(self, names: frozenset[str], has_versions: bool) -> Select[Any] | Update:
+    def _build_update(
+        self, names: frozenset[str], has_versions: bool
+    ) -> sa.Select[Any] | sa.Update:
         conditions = self._conditions(has_versions)
         if not names:
             return self._select.where(*conditions)
-        values = {name: bindparam(f"new_{name}", type_=self.table.c[name].type) for name in names}
-        return (
-            update(self.table)
-            .where(*conditions)
-            .values(version=self.table.c.version + 1, **values)
-            .returning(*self._read)
-        )
+        values: dict[str, Any] = {
+            name: sa.bindparam(f"new_{name}", type_=self.table.c[name].type) for name in names
+        }
+        values["version"] = self.table.c.version + 1
+        return self._update.where(*conditions).values(values)
 
-    def _build_delete(self, has_versions: bool) -> Delete:
-        return delete(self.table).where(*self._conditions(has_versions))
+    def _build_delete(self, has_versions: bool) -> sa.Delete:
+        return sa.delete(self.table).where(*self._conditions(has_versions))
 
-    def _conditions(self, has_versions: bool) -> Sequence[ColumnElement[bool]]:
+    def _conditions(self, has_versions: bool) -> Sequence[sa.ColumnElement[bool]]:
         return [self._has_id, self._has_version] if has_versions else [self._has_id]
 
 

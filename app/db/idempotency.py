@@ -9,67 +9,53 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    Column,
-    DateTime,
-    Index,
-    Integer,
-    PrimaryKeyConstraint,
-    String,
-    Table,
-    bindparam,
-    delete,
-    select,
-    text,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlmodel import Session, SQLModel
 
 from app.errors import KeyReused
 
 LIFETIME = timedelta(hours=24)
 
-_table = Table(
+_table = sa.Table(
     "idempotency_key",
     SQLModel.metadata,
-    Column("route", String, nullable=False),
-    Column("principal", String, nullable=False),
-    Column("key", String, nullable=False),
-    Column("fingerprint", String, nullable=False),
+    sa.Column("route", sa.String, nullable=False),
+    sa.Column("principal", sa.String, nullable=False),
+    sa.Column("key", sa.String, nullable=False),
+    sa.Column("fingerprint", sa.String, nullable=False),
     # The response. Null only within the transaction that claims the key.
-    Column("status", Integer),
-    Column("headers", String),
-    Column("body", String),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-    PrimaryKeyConstraint("route", "principal", "key", name="idempotency_key_pkey"),
-    Index("ix_idempotency_key_created_at", "created_at"),
+    sa.Column("status", sa.Integer),
+    sa.Column("headers", sa.String),
+    sa.Column("body", sa.String),
+    sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+    sa.PrimaryKeyConstraint("route", "principal", "key", name="idempotency_key_pkey"),
+    sa.Index("ix_idempotency_key_created_at", "created_at"),
 )
 
 # In text, because SQLAlchemy has ON CONFLICT only per dialect. The statement waits for a concurrent
 # request with the same key and then returns no row. An expired key counts as unused.
-_CLAIM = text(
+_CLAIM = sa.text(
     "INSERT INTO idempotency_key (route, principal, key, fingerprint, created_at)"
     " VALUES (:route, :principal, :key, :fingerprint, :now)"
     " ON CONFLICT (route, principal, key) DO UPDATE SET fingerprint = :fingerprint,"
     " created_at = :now, status = NULL, headers = NULL, body = NULL"
     " WHERE idempotency_key.created_at < :expired RETURNING key"
 ).bindparams(
-    bindparam("now", type_=DateTime(timezone=True)),
-    bindparam("expired", type_=DateTime(timezone=True)),
+    sa.bindparam("now", type_=sa.DateTime(timezone=True)),
+    sa.bindparam("expired", type_=sa.DateTime(timezone=True)),
 )
 _primary_key = tuple(_table.primary_key)
-_is_key = [column == bindparam(f"its_{column.name}") for column in _primary_key]
+_is_key = [column == sa.bindparam(f"its_{column.name}") for column in _primary_key]
 # Sets the columns of its parameters: status, headers and body.
-_STORE = update(_table).where(*_is_key)
-_GET = select(_table.c.fingerprint, _table.c.status, _table.c.headers, _table.c.body).where(
+_STORE = sa.update(_table).where(*_is_key)
+_GET = sa.select(_table.c.fingerprint, _table.c.status, _table.c.headers, _table.c.body).where(
     *_is_key
 )
 # Each new key deletes a few expired ones, so the table stays small without a scheduled job.
-_PRUNE = delete(_table).where(
-    tuple_(*_primary_key).in_(
-        select(*_primary_key)
-        .where(_table.c.created_at < bindparam("expired"))
+_PRUNE = sa.delete(_table).where(
+    sa.tuple_(*_primary_key).in_(
+        sa.select(*_primary_key)
+        .where(_table.c.created_at < sa.bindparam("expired"))
         .order_by(_table.c.created_at)
         .limit(10)
         .with_for_update(skip_locked=True)

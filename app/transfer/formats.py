@@ -65,18 +65,13 @@ def encode_rows(
     """Return the rows as lines. CSV starts with its header line if `header` is set."""
     if file_format == "ndjson":
         return b"".join(to_json(row, inf_nan_mode="null") + b"\n" for row in rows)
-    names = csv_names(names)
+    names = sorted(names, key=lambda name: name != "id")  # The id is the first column.
     text = io.StringIO()
     writer = csv.writer(text)
     if header:
         writer.writerow(names)
     writer.writerows([_csv_field(row[name]) for name in names] for row in rows)
     return text.getvalue().encode()
-
-
-def csv_names(names: Sequence[str]) -> list[str]:
-    """Return the columns of a CSV file, with the id first."""
-    return sorted(names, key=lambda name: name != "id")
 
 
 def _csv_field(value: Any) -> Any:
