@@ -45,6 +45,9 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPIOffline(
         title=NAME.capitalize(),
         version=__version__,
+        description="The FastAPI SQL tutorial's API, with pages, ETags and safe retries.",
+        contact={"name": f"The operators of {NAME}"},
+        servers=[{"url": "/"}],
         redoc_url=None,
         lifespan=lifespan,
         # The operation ids of OpenAPI are the names of the route functions.

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from app.api.middleware import MAX_IMPORT_BYTES
 from app.api.parameters import check_single
-from app.db.crud import Crud, Records
+from app.db.crud import Crud, Rows
 from app.db.database import Database
 from app.db.pagination import Page
 from app.transfer.copy import load
@@ -78,13 +78,13 @@ async def export_rows(
 
 
 async def _lines(
-    database: Database, crud: Crud[Any], page: Page, rows: Records, file_format: Format
+    database: Database, crud: Crud[Any], page: Page, rows: Rows, file_format: Format
 ) -> AsyncIterator[bytes]:
-    yield encode_rows((row.public for row in rows), crud.names, file_format, header=True)
+    yield encode_rows(rows, crud.names, file_format, header=True)
     while len(rows) == page.limit:
         page = page._replace(after=crud.cursor(rows[-1], page.sort))
         rows = await database.run(crud.list, page)
-        yield encode_rows((row.public for row in rows), crud.names, file_format, header=False)
+        yield encode_rows(rows, crud.names, file_format, header=False)
 
 
 async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> JSONResponse:

@@ -127,6 +127,13 @@ def customize(app: FastAPI, *, has_tokens: bool) -> None:
         if "Error" in schemas:
             schemas["Problem"] = Problem.model_json_schema(ref_template=_REFERENCE)
             schemas["Problem"].pop("$defs")
+        tags = {
+            tag
+            for path in document["paths"].values()
+            for each in path.values()
+            for tag in each.get("tags", ())
+        }
+        document["tags"] = [{"name": tag} for tag in sorted(tags)]
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
                 if not has_tokens:

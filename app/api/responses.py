@@ -10,7 +10,7 @@ from sqlmodel import Session, SQLModel
 from app.api.auth import principal
 from app.api.parameters import invalid
 from app.db import etags
-from app.db.crud import Crud, Record, Records
+from app.db.crud import Crud, Record, Rows
 from app.db.database import Database
 from app.db.idempotency import Key, StoredResponse, fingerprint, run_once
 from app.db.pagination import Page
@@ -37,16 +37,14 @@ def created(request: Request, record: Record) -> Response:
     return response
 
 
-def many(
-    request: Request, crud: Crud[Any], page: Page, records: Records, total: int | None
-) -> Response:
-    """Return the response with a page of rows. `records` has one row more if there is a next page.
+def many(request: Request, crud: Crud[Any], page: Page, rows: Rows, total: int | None) -> Response:
+    """Return the response with a page of rows. `rows` has one more if there is a next page.
 
     That row is not part of the response, which has a Link to the next page instead (RFC 8288).
     """
     headers = {}
-    shown = records[: page.limit - 1]
-    if len(records) > len(shown):
+    shown = rows[: page.limit - 1]
+    if len(rows) > len(shown):
         # Without a host, which the client knows better than the service.
         query = [
             (name, value)
@@ -57,7 +55,7 @@ def many(
         headers["Link"] = f'<{request.scope["path"]}?{urlencode(query)}>; rel="next"'
     if total is not None:
         headers["X-Total-Count"] = str(total)
-    return Response(_encode([record.public for record in shown]), headers=headers, media_type=JSON)
+    return Response(_encode(shown), headers=headers, media_type=JSON)
 
 
 async def create_once(

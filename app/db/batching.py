@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from sqlalchemy.exc import StatementError
 
 from app.db.engine import sqlstate
+from app.errors import DatabaseTimeout
 from app.telemetry import metrics
 
 Item = TypeVar("Item")
@@ -29,9 +30,13 @@ class Batcher(Generic[Item, Result]):
     """Collects items into batches, and gives each caller the result of its item."""
 
     def __init__(
-        self, run: Callable[[list[Item]], Awaitable[Sequence[Result]]], operation: str
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Result]]],
+        operation: str,
+        timeout: float,
     ) -> None:
         self._run = run
+        self._timeout = timeout
         self._size = metrics.batch_size.labels(operation)
         self._waiting: list[tuple[Item, Future[Result]]] = []
         self._last: Task[None] | None = None
@@ -68,9 +73,10 @@ class Batcher(Generic[Item, Result]):
     async def _send(self) -> None:
         # Taken here and not in `_start`: calls of the same turn of the event loop join.
         batch, self._waiting = self._waiting[:MAX_BATCH_SIZE], self._waiting[MAX_BATCH_SIZE:]
-        await self._resolve(batch)
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        await self._resolve(batch, deadline)
 
-    async def _resolve(self, batch: list[tuple[Item, Future[Result]]]) -> None:
+    async def _resolve(self, batch: list[tuple[Item, Future[Result]]], deadline: float) -> None:
         batch = [(item, result) for item, result in batch if not result.done()]  # Not cancelled.
         if not batch:
             return
@@ -80,8 +86,12 @@ class Batcher(Generic[Item, Result]):
             pairs = list(zip(batch, values, strict=True))
         except Exception as error:  # noqa: BLE001  (The callers get it.)
             if len(batch) > 1 and _may_be_of_one_item(error):
-                await asyncio.gather(*(self._resolve([one]) for one in batch))
-                return
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await asyncio.gather(*(self._resolve([one], deadline) for one in batch))
+                    return
+                except TimeoutError:
+                    error = DatabaseTimeout()
             for _, result in batch:
                 if not result.done():
                     result.set_exception(error)

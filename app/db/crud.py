@@ -21,15 +21,19 @@ from app.errors import Changed, NotFound
 Create = TypeVar("Create", bound=SQLModel)
 
 
+Public = dict[str, Any]  # A row as clients see it: the public model's fields, in their order.
+
+
 class Record(NamedTuple):
-    """A row as clients see it."""
+    """A row, and the columns that every table has."""
 
     id: int
     version: int
-    public: dict[str, Any]  # In the order of the public model's fields.
+    public: Public
 
 
 Records = list[Record]
+Rows = list[Public]
 _id = attrgetter("id")
 
 
@@ -91,13 +95,14 @@ class Crud(Generic[Create]):
         # rows in another one.
         return sorted(self._records(session, self._insert, parameters), key=_id)
 
-    def list(self, session: Session, page: Page) -> Records:
+    def list(self, session: Session, page: Page) -> Rows:
         """Return the rows of the page, at most `page.limit`."""
         parameters = {**page.filters, "limit": page.limit, "offset": page.offset}
         if page.after:
             parameters |= {"after_value": page.after.value, "after_id": page.after.id}
         statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
-        return self._records(session, statement, parameters)
+        rows = session.connection().execute(statement, parameters)
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     def count(self, session: Session, filters: Mapping[str, Any]) -> int:
         """Return the number of rows that match the filters."""
@@ -147,9 +152,9 @@ class Crud(Generic[Create]):
         """Return the error for an id without a row."""
         return NotFound(f"{self.name} not found")
 
-    def cursor(self, record: Record, sort: str) -> Cursor:
+    def cursor(self, row: Public, sort: str) -> Cursor:
         """Return the cursor of the page that follows this row."""
-        return Cursor(sort, record.public[self.orders[sort].column.name], record.id)
+        return Cursor(sort, row[self.orders[sort].column.name], row["id"])
 
     def _order(self, key: str) -> Order:
         name = key.removeprefix("-")
@@ -175,7 +180,7 @@ class Crud(Generic[Create]):
         return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
 
     def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> sa.Select[Any]:
-        rows = self._select.where(*(self.filters[name] for name in filters))
+        rows = sa.select(*self.public_columns).where(*(self.filters[name] for name in filters))
         return page_statement(rows, self.table, self.orders[sort], position)
 
     def _build_count(self, filters: frozenset[str]) -> sa.Select[Any]:

@@ -106,13 +106,10 @@ class Database:
         """
         batcher = self._batchers.get(fn)
         if batcher is None:
-            batcher = self._batchers[fn] = Batcher(lambda items: self.run(fn, items), fn.__name__)
-        try:
-            async with asyncio.timeout(self._timeout + _CANCEL_SECONDS):
-                result: T = await batcher.call(item)
-                return result
-        except TimeoutError as error:
-            raise DatabaseTimeout from error
+            batcher = Batcher(lambda items: self.run(fn, items), fn.__name__, self._timeout)
+            self._batchers[fn] = batcher
+        result: T = await batcher.call(item)
+        return result
 
     async def close(self) -> None:
         """Wait for the batches in progress, then close the idle connections."""

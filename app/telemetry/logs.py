@@ -7,9 +7,9 @@ import select
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from json.encoder import encode_basestring_ascii as encode
 from typing import Any, Literal, NamedTuple
 
+from pydantic_core import to_json
 from pythonjsonlogger.core import RESERVED_ATTRS
 
 from app import NAME
@@ -77,18 +77,16 @@ def log_requests(entries: list[AccessLogEntry]) -> None:
 
 
 def _json_line(time: str, entry: AccessLogEntry) -> str:
-    # The client's values are escaped. A method (an RFC 9110 token) and a route of this code need no
-    # escaping.
-    path, request_id = encode(entry.path), encode(entry.request_id)
-    client = "null" if entry.client is None else encode(entry.client)
-    principal = "null" if entry.principal is None else encode(entry.principal)
-    return (
-        f'{{"level": "INFO", "logger": "{NAME}.access",'
-        f' "message": "{entry.method} {path[1:-1]} {entry.status}",'
-        f' "timestamp": "{time}", "method": "{entry.method}", "route": "{entry.route}",'
-        f' "path": {path}, "status": {entry.status}, "duration_ms": {entry.seconds * 1000:.2f},'
-        f' "client": {client}, "principal": {principal}, "request_id": {request_id}}}\n'
-    )
+    line = {
+        "level": "INFO",
+        "logger": f"{NAME}.access",
+        "message": f"{entry.method} {entry.path} {entry.status}",
+        "timestamp": time,
+        **entry._asdict(),
+        "duration_ms": round(entry.seconds * 1000, 2),
+    }
+    del line["seconds"]
+    return to_json(line).decode() + "\n"
 
 
 def _console_line(time: str, entry: AccessLogEntry) -> str:
