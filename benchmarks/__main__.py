@@ -1,7 +1,7 @@
-"""`make bench`: this service, the tutorial's code and a hand-written peer, side by side.
+"""`make bench`: compare this service, the tutorial's code and a hand-written peer.
 
-In each round each contestant answers each kind of request in turn, so that whatever else the
-machine does falls on all of them. What is reported is the median of the rounds.
+In each round every contestant serves every kind of request in turn, so that other load on the
+machine affects all of them. The report contains the medians over the rounds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PACKAGES = (
 
 
 def wrk(target: Service, operation: str, seconds: float, connections: int, heroes: int) -> Any:
-    """Keeps the connections busy for so long; what wrk counted."""
+    """Keep the connections busy for some seconds and return the counts from wrk."""
     done = subprocess.run(
         [
             *("wrk", "--threads", str(min(2, connections)), "--connections", str(connections)),
@@ -59,12 +59,12 @@ def wrk(target: Service, operation: str, seconds: float, connections: int, heroe
 def measured(
     target: Service, database: Postgres, operation: str, seconds: float, **load: int
 ) -> dict[str, float]:
-    """The rate, the latencies in ms, and the CPU time of each side in µs a request."""
+    """The rate, the latencies in ms, and each side's CPU time in µs per request."""
     load = {"connections": CONNECTIONS, "heroes": HEROES} | load
     before = cpu_seconds(target.pid), cpu_seconds(database.pid)
     result = wrk(target, operation, seconds, **load)
     after = cpu_seconds(target.pid), cpu_seconds(database.pid)
-    requests = result["requests"] or math.nan  # The tutorial's code can come to a stand.
+    requests = result["requests"] or math.nan  # The tutorial's code can hang.
     return {
         "rate": result["requests"] / result["seconds"],
         "p50": result["p50"],
@@ -82,7 +82,7 @@ def side_by_side(
     for number in range(rounds + 1):
         for operation in OPERATIONS:
             for target in services:
-                # The first round is for warming up: shorter, and not counted.
+                # The first round is a warm-up. It is shorter and does not count.
                 found = measured(target, database, operation, seconds if number else 2)
                 if number:
                     results[operation][target.name].append(found)
@@ -96,7 +96,7 @@ def side_by_side(
 
 
 def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
-    """SQL statements a request, BEGIN and COMMIT included, as the server counts them."""
+    """SQL statements per request as the server counts them, with BEGIN and COMMIT."""
     database.count_statements("top")
     counts: dict[str, Any] = {}
     for operation in OPERATIONS:
@@ -110,7 +110,7 @@ def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
 
 
 def connections(services: list[Service], database: Postgres, seconds: int) -> dict[str, Any]:
-    """Reads a second as the connections grow."""
+    """Reads per second, by number of connections."""
     found: dict[str, Any] = {}
     for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         for target in services:
@@ -121,7 +121,7 @@ def connections(services: list[Service], database: Postgres, seconds: int) -> di
 
 
 def cold_start(folder: Path, database: Postgres) -> dict[str, float]:
-    """Seconds from the command to the first answer; the median of three."""
+    """Seconds from the command to the first response, the median of three starts."""
     found = {}
     for name in CONTESTANTS:
         times = []
@@ -134,13 +134,13 @@ def cold_start(folder: Path, database: Postgres) -> dict[str, float]:
 
 
 def observed(folder: Path, database: Postgres, rounds: int, seconds: int) -> dict[str, Any]:
-    """Reads as shipped, and without access log, metrics and request ids."""
+    """Reads with and without access log, metrics and request ids."""
     results: dict[str, Any] = {"as shipped": [], "all of them off": []}
     with (
         service("heroes", 8191, database.url, folder / "on.log") as on,
         service("bare", 8192, database.url, folder / "off.log") as off,
     ):
-        # Many short ones, because the difference is small, each first in every other of them.
+        # The difference is small: take many short measurements, and alternate which goes first.
         targets = {"as shipped": on, "all of them off": off}
         for number in range(rounds * seconds + 1):
             for name in sorted(targets, reverse=bool(number % 2)):
@@ -151,7 +151,7 @@ def observed(folder: Path, database: Postgres, rounds: int, seconds: int) -> dic
 
 
 def growth(folder: Path, database: Postgres, sizes: list[int], seconds: int) -> dict[str, Any]:
-    """Reads and lists a second as the table grows, and µs of the database a request."""
+    """Reads and lists per second as the table grows, with the database's µs per request."""
     found: dict[str, Any] = {}
     with service("heroes", 8193, database.url, folder / "growth.log") as target:
         for size in sizes:
@@ -179,7 +179,7 @@ def machine(database: Postgres) -> dict[str, Any]:
 
 
 def transfers(folder: Path, database: Postgres) -> dict[str, Any]:
-    """Seconds for a million heroes in and out, as each command itself says, and with its start."""
+    """Seconds to import and export a million heroes, as reported and including start-up."""
     file = folder / "in.csv"
     with file.open("w") as lines:
         lines.write("name,age,secret_name\n")
@@ -193,9 +193,9 @@ def transfers(folder: Path, database: Postgres) -> dict[str, Any]:
 
     def command(kind: str, file: Path) -> None:
         start = time.monotonic()
-        said = run([BIN / "heroes", kind, file], database.url).splitlines()[-1]
+        output = run([BIN / "heroes", kind, file], database.url).splitlines()[-1]
         times[kind]["with its start"].append(time.monotonic() - start)
-        times[kind]["heroes"].append(1e6 / int(said.split()[-3].replace(",", "")))
+        times[kind]["heroes"].append(1e6 / int(output.split()[-3].replace(",", "")))
 
     for _ in range(3):
         database.empty()

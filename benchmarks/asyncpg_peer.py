@@ -1,4 +1,4 @@
-"""The same API by hand: FastAPI and asyncpg, no ORM, nothing that production asks for besides."""
+"""The same API written by hand with FastAPI and asyncpg: no ORM and no production features."""
 
 import os
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ class HeroUpdate(BaseModel):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # As many connections as a worker of the service keeps.
+    # The same pool size as one worker of the service.
     url = os.environ["DATABASE_URL"]
     async with asyncpg.create_pool(url, min_size=16, max_size=16) as app.state.pool:
         yield

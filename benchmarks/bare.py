@@ -1,4 +1,4 @@
-"""The service without access log, metrics and request ids, to see what those cost."""
+"""The service without access log, metrics and request ids, to measure their cost."""
 
 from typing import cast
 

@@ -1,20 +1,20 @@
-"""What processes cost, read from /proc (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html)."""
+"""CPU time and memory of processes, from /proc (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html)."""
 
 import os
 from pathlib import Path
 
-# Between the look at the folder and the read, and during the read.
+# The process can end before the read or during it.
 _GONE = (FileNotFoundError, ProcessLookupError)
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int) -> list[str]:
-    # The name, in parentheses, may have spaces.
+    # The name is in parentheses and may contain spaces.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def tree(root: int) -> list[int]:
-    """The process and all below it."""
+    """The process and all its descendants."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -28,19 +28,19 @@ def tree(root: int) -> list[int]:
 
 
 def cpu_seconds(root: int) -> float:
-    """User and system time of the process, of those below it, and of those that it has reaped."""
+    """User and system time of the process, its descendants, and the children it has reaped."""
     total = 0
     for pid in tree(root):
         try:
             stat = _stat(pid)
         except _GONE:
             continue
-        # utime and stime, and for the root alone what its ended children have taken.
+        # utime and stime. For the root also cutime and cstime, the time of its reaped children.
         total += sum(int(ticks) for ticks in stat[11 : 15 if pid == root else 13])
     return total / _TICK
 
 
 def memory(pid: int) -> int:
-    """The bytes of memory that are the process's own share (PSS)."""
+    """The proportional set size (PSS) of the process in bytes."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(rollup.split("\nPss:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""The result as a table and a plot: medians with their spread, and the ratios to the peers."""
+"""The results as tables and a plot: medians with their spread, and ratios to the peers."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ COLORS = {"heroes": "#1b7f5c", "tutorial": "#b0b7c3", "asyncpg": "#5b7db1"}
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Writes result.json, result.svg, and the tables into README.md between their two marks."""
+    """Write result.json, result.svg, and the tables between the two markers in README.md."""
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     _plot(result, folder / "result.svg")
     readme = folder / "README.md"
@@ -48,10 +48,11 @@ def _markdown(result: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     parts = [
         f"{machine['cpu']}, Python {machine['python']}, PostgreSQL {machine['postgresql']},"
-        f" {packages}. {result['rounds']} rounds of {result['seconds']} s each, medians.\n",
+        f" {packages}. {result['rounds']} rounds of {result['seconds']} s each."
+        " The tables show medians.\n",
         _side_by_side(result["side by side"]),
         _ratios(result["side by side"]),
-        "Memory of a worker at the end (PSS): "
+        "Memory of one worker at the end (PSS): "
         + ", ".join(f"{name} {bytes_ / 1e6:.0f} MB" for name, bytes_ in result["memory"].items())
         + ".\n",
     ]
@@ -62,7 +63,7 @@ def _markdown(result: dict[str, Any]) -> str:
             _growth(result["growth"]),
             _observed(result["observed"]),
             _transfers(result["transfers"]),
-            "Cold start, from the command to the first answer: "
+            "Cold start, from the command to the first response: "
             + ", ".join(f"{name} {time:.1f} s" for name, time in result["cold start"].items())
             + ".\n",
         ]
@@ -89,7 +90,7 @@ def _side_by_side(results: dict[str, Any]) -> str:
 
 
 def _ratios(results: dict[str, Any]) -> str:
-    """Of rates and of CPU time, each round's to its own neighbours."""
+    """Ratios of rates and CPU times, each computed within one round, then the median."""
     rows = []
     for operation, contestants in results.items():
         ours = contestants["heroes"]
@@ -105,8 +106,9 @@ def _ratios(results: dict[str, Any]) -> str:
         )
         rows.append(row)
     header = [
-        *("", "rate to tutorial", "goal", "CPU to tutorial"),
-        *("rate to asyncpg", "goal", "CPU to asyncpg", "our p99 / tutorial's p50, ms"),
+        *("", "our rate / tutorial's", "goal", "tutorial's CPU / ours"),
+        *("our rate / asyncpg's", "goal", "asyncpg's CPU / ours"),
+        "our p99 / tutorial's p50, ms",
     ]
     return _table(header, rows)
 
@@ -116,7 +118,7 @@ def _round_trips(counts: dict[str, Any]) -> str:
     rows = [
         [operation, *(f"{count:.2f}" for count in of.values())] for operation, of in counts.items()
     ]
-    return "SQL statements a request:\n\n" + _table(["", *names], rows)
+    return "SQL statements per request:\n\n" + _table(["", *names], rows)
 
 
 def _connections(found: dict[str, Any]) -> str:
@@ -124,7 +126,7 @@ def _connections(found: dict[str, Any]) -> str:
     rows = [
         [name, *(f"{result['rate']:,.0f}" for result in of.values())] for name, of in found.items()
     ]
-    return "Reads a second by connections:\n\n" + _table(["", *map(str, counts)], rows)
+    return "Reads per second, by number of connections:\n\n" + _table(["", *map(str, counts)], rows)
 
 
 def _growth(found: dict[str, Any]) -> str:
@@ -136,7 +138,7 @@ def _growth(found: dict[str, Any]) -> str:
         ]
         for operation, of in found.items()
     ]
-    return "By heroes in the table, and PostgreSQL's CPU a request:\n\n" + _table(
+    return "Rate and PostgreSQL CPU per request, by number of heroes:\n\n" + _table(
         ["", *sizes], rows
     )
 
@@ -147,7 +149,7 @@ def _observed(found: dict[str, Any]) -> str:
     cpu = _of(ours, "cpu"), _of(bare, "cpu")
     return (
         f"Reads with access log, metrics and request ids {name}: {rate:.2f} of the rate with"
-        f" {other}, {cpu[0]:.0f} µs against {cpu[1]:.0f}.\n"
+        f" {other}, {cpu[0]:.0f} µs of CPU instead of {cpu[1]:.0f}.\n"
     )
 
 
@@ -157,8 +159,8 @@ def _transfers(found: dict[str, Any]) -> str:
         copy, ours, whole = (median(times) for times in by.values())
         seconds = (f"{time:.1f} s" for time in (ours, whole, copy))
         rows.append([kind, *seconds, f"{copy / ours:.2f}"])
-    header = ["", "`heroes`", "with its start", r"psql's `\copy`", "rate to it"]
-    return "A million heroes by the command:\n\n" + _table(header, rows)
+    header = ["", "`heroes`", "with start-up", r"psql's `\copy`", r"our rate / `\copy`'s"]
+    return "A million heroes, with the command `heroes`:\n\n" + _table(header, rows)
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: PostgreSQL with its rows, and the services on it."""
+"""The servers of the benchmark: PostgreSQL with its rows, and the services that use it."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ _PORT = 54329
 
 @dataclass
 class Postgres:
-    """A server of the benchmark's own: its URL and its first process."""
+    """The benchmark's own PostgreSQL server: its URL and its first process."""
 
     url: str
     pid: int
@@ -34,19 +34,19 @@ class Postgres:
             return cursor.fetchall() if cursor.description else []
 
     def empty(self) -> None:
-        """Makes the table anew, and everything as at rest."""
+        """Empty the table and flush all pending writes."""
         self.execute("TRUNCATE hero RESTART IDENTITY")
         self.execute("CHECKPOINT")
 
     def load(self, heroes: int) -> None:
-        """Makes the table anew, with so many heroes, and everything as at rest."""
+        """Fill the empty table with this many heroes, then vacuum it and flush all writes."""
         self.empty()
         run([BIN / "heroes", "seed", str(heroes)], self.url)
         self.execute("VACUUM ANALYZE hero")
         self.execute("CHECKPOINT")
 
     def copy(self, what: str, folder: Path) -> float:
-        """Runs psql's `\\copy` with a file in the folder: the seconds, as psql counts them."""
+        """Run psql's `\\copy` with a file in the folder; return the seconds that psql reports."""
         done = subprocess.run(
             [
                 *("docker", "run", "--rm", "--network", "host", "--volume", f"{folder}:{folder}"),
@@ -61,19 +61,19 @@ class Postgres:
         return float(milliseconds) / 1000
 
     def count_statements(self, which: Literal["none", "top"]) -> None:
-        """Counting has its price, which is nobody's while something else is measured."""
+        """Turn counting on or off: it costs time, so it is off during other measurements."""
         self.execute(f"ALTER SYSTEM SET pg_stat_statements.track = '{which}'")
         self.execute("SELECT pg_reload_conf()")
         time.sleep(1)
 
     def statements(self) -> int:
-        """How many statements the services have sent so far."""
+        """The number of statements that the services have sent so far."""
         rows = self.execute("SELECT coalesce(sum(calls), 0)::int8 FROM pg_stat_statements")
         return int(str(rows[0][0]))
 
 
 def run(command: list[str | Path], url: str) -> str:
-    """Runs it on the database; what it said on stderr."""
+    """Run a command with this database URL and return its stderr."""
     environment = os.environ | {"DATABASE_URL": url}
     done = subprocess.run(
         command, check=True, cwd=ROOT, env=environment, capture_output=True, text=True
@@ -81,8 +81,8 @@ def run(command: list[str | Path], url: str) -> str:
     return done.stderr
 
 
-# As it is delivered, but for room in its write-ahead log, or checkpoints would fall into some
-# rounds and not into others; and the extension that counts statements.
+# The default settings with two exceptions: a larger write-ahead log, because checkpoints would
+# slow down some rounds and not others, and the extension that counts statements.
 _SETTINGS = [
     *("-c", "max_wal_size=8GB", "-c", "checkpoint_timeout=1h", "-c", f"port={_PORT}"),
     *("-c", "shared_preload_libraries=pg_stat_statements"),
@@ -91,7 +91,7 @@ _SETTINGS = [
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """PostgreSQL 18 in a container on the host's network: a published port is a proxy's work."""
+    """PostgreSQL 18 in a container on the host's network, without Docker's port proxy."""
     docker = shutil.which("docker")
     if not docker:
         sys.exit("make bench needs Docker, for PostgreSQL")
@@ -137,15 +137,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 @dataclass
 class Service:
-    """A contestant that runs: where it answers and its first process."""
+    """A running contestant: its port and its first process."""
 
     name: str
     port: int
     pid: int
 
 
-# The peers run as their authors would run them: under the same gunicorn, worker class and uvicorn,
-# on the same event loop and parser.
+# The peers run in a typical production setup: the same gunicorn, worker class and uvicorn, with the
+# same event loop and parser.
 _STOCK = [
     "--worker-class",
     "uvicorn_worker.UvicornWorker",
@@ -163,7 +163,7 @@ BARE = ["benchmarks.bare:app"]
 
 @contextmanager
 def service(name: str, port: int, url: str, log: Path) -> Iterator[Service]:
-    """The contestant with two workers, and its log in a file."""
+    """Run the contestant with two workers and its log in a file."""
     environment = os.environ | {
         "DATABASE_URL": url,
         "TUTORIAL_DATABASE_URL": url.replace("postgresql:", "postgresql+psycopg:"),

@@ -1,7 +1,8 @@
-"""Runs `alembic` commands in forks of a process that has imported everything: many a second.
+"""Run `alembic` commands in forks of a process that has already imported everything.
 
-Reads a JSON object a line, {"argv", "env", "count", "output"}; runs `count` migrators at once, each
-with its output in the file `output`.N; writes their exit codes as a JSON array.
+Forks start fast. Each input line is a JSON object with "argv", "env", "count" and "output". The
+process runs `count` concurrent migrators, each with its output in the file `output`.N, and writes
+their exit codes as a JSON array.
 """
 
 import json
@@ -18,7 +19,7 @@ from app.db import database, migrations  # noqa: F401
 
 
 def run(argv: list[str], env: dict[str, str], output: str) -> None:
-    """The end of this process: the command's, and its exit code."""
+    """Run the command in this process and exit with its exit code."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -28,7 +29,7 @@ def run(argv: list[str], env: dict[str, str], output: str) -> None:
         CommandLine("alembic").main(argv)
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # noqa: BLE001  (whatever it is, it ends this fork alone)
+    except BaseException:  # noqa: BLE001  (the error must end this fork only)
         traceback.print_exc()
         code = 1
     sys.stdout.flush()

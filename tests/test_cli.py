@@ -42,10 +42,10 @@ def test_python_dash_m_app_is_the_same_command(tmp_path: Path) -> None:
     assert all(command in helps[0].stdout for command in ("import", "export", "seed"))
 
 
-def test_a_file_of_each_kind_is_imported_and_exported(
+def test_files_of_every_format_are_imported_and_exported(
     database_url: URL, database: Engine, tmp_path: Path, service: Service
 ) -> None:
-    """What the command writes is what the API exports."""
+    """The command and the API export the same."""
     for name, body in (
         ("in.ndjson", ndjson(HEROES)),
         ("in.csv", as_csv(HEROES)),
@@ -87,7 +87,7 @@ def test_a_file_of_each_kind_is_imported_and_exported(
     ]
 
 
-def test_a_dash_is_the_standard_streams(database_url: URL, database: Engine) -> None:
+def test_a_dash_means_standard_input_or_output(database_url: URL, database: Engine) -> None:
     assert heroes(database_url, "import", "-", given=ndjson(HEROES[:2])).returncode == 0
     assert (
         heroes(database_url, "import", "-", "--format", "csv", given=as_csv(HEROES[2:])).returncode
@@ -103,7 +103,7 @@ def test_a_dash_is_the_standard_streams(database_url: URL, database: Engine) -> 
     )
 
 
-def test_a_wrong_file_is_refused_by_line_and_nothing_written(
+def test_an_invalid_file_is_refused_with_its_lines_and_nothing_is_written(
     database_url: URL, database: Engine, tmp_path: Path
 ) -> None:
     file = tmp_path / "wrong.ndjson"
@@ -117,7 +117,7 @@ def test_a_wrong_file_is_refused_by_line_and_nothing_written(
     assert rows(database) == []
 
 
-def test_seeding_makes_the_same_heroes_each_time(database_url: URL, database: Engine) -> None:
+def test_seed_creates_the_same_heroes_each_time(database_url: URL, database: Engine) -> None:
     for _ in range(2):
         assert heroes(database_url, "seed", "1500").returncode == 0
     found = rows(database)
@@ -133,7 +133,7 @@ def test_seeding_makes_the_same_heroes_each_time(database_url: URL, database: En
     )
 
 
-def test_wrong_usage_and_settings_are_exit_code_2(tmp_path: Path) -> None:
+def test_invalid_arguments_and_settings_exit_with_code_2(tmp_path: Path) -> None:
     url = make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
     for arguments in ((), ("fly",), ("seed", "0"), ("seed", "x"), ("export", "heroes.xml")):
         assert heroes(url, *arguments).returncode == 2, arguments
@@ -142,7 +142,7 @@ def test_wrong_usage_and_settings_are_exit_code_2(tmp_path: Path) -> None:
     assert wrong.stderr.startswith(b"heroes: DATABASE_URL must be ")
 
 
-def test_a_file_that_is_not_there_is_one_line(database_url: URL, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_in_one_line(database_url: URL, tmp_path: Path) -> None:
     missing = heroes(database_url, "import", tmp_path / "missing.csv")
     assert missing.returncode == 1
     assert missing.stderr.decode() == f"heroes: {tmp_path}/missing.csv: No such file or directory\n"
@@ -151,20 +151,20 @@ def test_a_file_that_is_not_there_is_one_line(database_url: URL, tmp_path: Path)
     assert nowhere.stderr.decode().endswith("missing/heroes.csv: No such file or directory\n")
 
 
-def test_a_database_that_is_away_or_behind_is_exit_code_3_and_one_line(
+def test_a_database_that_is_down_or_not_migrated_is_exit_code_3_with_one_line(
     empty_database: URL, tmp_path: Path
 ) -> None:
     behind = heroes(empty_database, "seed", "1")
     assert behind.returncode == 3
     assert behind.stderr == b"heroes: the schema is behind, run alembic upgrade head\n"
-    away = heroes("postgresql://heroes@127.0.0.1:1/heroes", "export", tmp_path / "heroes.csv")
-    assert away.returncode == 3
-    assert away.stderr.startswith(b"heroes: the database failed: connection failed: ")
-    assert away.stderr.count(b"\n") == 1
+    down = heroes("postgresql://heroes@127.0.0.1:1/heroes", "export", tmp_path / "heroes.csv")
+    assert down.returncode == 3
+    assert down.stderr.startswith(b"heroes: the database failed: connection failed: ")
+    assert down.stderr.count(b"\n") == 1
     assert list(tmp_path.glob("*.csv*")) == []
 
 
-def test_a_reader_that_has_enough_ends_the_export_quietly(database_url: URL) -> None:
+def test_an_export_into_a_closed_pipe_ends_without_a_traceback(database_url: URL) -> None:
     heroes(database_url, "seed", "20000")
     command = f"{BIN / 'heroes'} export - | head -1"
     piped = subprocess.run(
@@ -176,7 +176,7 @@ def test_a_reader_that_has_enough_ends_the_export_quietly(database_url: URL) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_import_that_is_interrupted_leaves_nothing(
+def test_an_interrupted_import_writes_nothing(
     database_url: URL, database: Engine, number: signal.Signals
 ) -> None:
     process = subprocess.Popen(
@@ -189,7 +189,7 @@ def test_an_import_that_is_interrupted_leaves_nothing(
     assert process.stderr
     process.stdin.write(ndjson(HEROES * 13_000))
     process.stdin.flush()
-    assert process.stderr.readline() == b"100000 heroes\n"  # It is in the middle.
+    assert process.stderr.readline() == b"100000 heroes\n"  # The import is still running.
     process.send_signal(number)
     process.stdin.close()
     assert process.wait(20) != 0
@@ -199,20 +199,20 @@ def test_an_import_that_is_interrupted_leaves_nothing(
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_on_a_terminal_there_is_a_bar(database_url: URL) -> None:
-    terminal, of_the_process = pty.openpty()
+def test_the_command_shows_a_progress_bar_on_a_terminal(database_url: URL) -> None:
+    terminal, process_end = pty.openpty()
     process = subprocess.Popen(
         [BIN / "heroes", "seed", "20000"],
-        stderr=of_the_process,
+        stderr=process_end,
         env=environment(database_url, TERM="xterm"),
     )
-    os.close(of_the_process)
+    os.close(process_end)
     shown = b""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
             shown += os.read(terminal, 65536)
-        except OSError:  # Linux's way to say that the other side is closed.
+        except OSError:  # Linux raises this when the other end is closed.
             break
     os.close(terminal)
     assert process.wait(10) == 0
@@ -220,7 +220,7 @@ def test_on_a_terminal_there_is_a_bar(database_url: URL) -> None:
     assert b"###" in shown
 
 
-def test_the_export_of_the_command_and_of_the_api_never_have_a_secret(
+def test_exports_of_the_command_and_the_api_contain_no_secret_name(
     database_url: URL, service: Service
 ) -> None:
     secret: dict[str, Any] = {"name": "a", "secret_name": "unsaid"}
@@ -228,14 +228,14 @@ def test_the_export_of_the_command_and_of_the_api_never_have_a_secret(
     for file_format in ("csv", "ndjson"):
         assert b"unsaid" not in heroes(database_url, "export", "-", "--format", file_format).stdout
         with service.client() as client:
-            answer = client.get("/heroes/export", params={"format": file_format})
-            assert b"unsaid" not in answer.content
+            response = client.get("/heroes/export", params={"format": file_format})
+            assert b"unsaid" not in response.content
 
 
-def test_what_the_database_refuses_is_said_without_the_row(
+def test_an_error_of_the_database_is_reported_without_the_row(
     database_url: URL, database: Engine
 ) -> None:
-    """The server's detail quotes the row, secret name included."""
+    """The detail of the server's error quotes the row with its secret name."""
     with database.connect() as connection:
         connection.execute(text("CREATE UNIQUE INDEX one_of_a_name ON hero (name)"))
     twice = ndjson([{"name": "a", "secret_name": "unsaid"}] * 2)

@@ -1,4 +1,4 @@
-"""ETags (RFC 9110): what has not changed is not sent, and what has changed is not overwritten."""
+"""ETags (RFC 9110): an unchanged hero is not sent, and a changed hero is not overwritten."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,21 +18,19 @@ def path(client: httpx2.Client) -> str:
     return str(created.headers["location"])
 
 
-def test_create_read_and_update_say_the_same_etag_until_a_change(
-    client: httpx2.Client, path: str
-) -> None:
+def test_the_etag_stays_the_same_until_a_change(client: httpx2.Client, path: str) -> None:
     first = client.get(path).headers["etag"]
     assert client.get(path).headers["etag"] == first
     second = client.patch(path, json={"age": 3})
     assert second.headers["etag"] != first
     assert client.get(path).headers["etag"] == second.headers["etag"]
-    # Only the secret has changed, and still another client's knowledge is out of date.
+    # A change of only the secret name also makes the copies of other clients stale.
     third = client.patch(path, json={"secret_name": "x"}).headers["etag"]
     assert third != second.headers["etag"]
     assert client.patch(path, json={}).headers["etag"] == third
 
 
-def test_create_says_the_etag_of_the_new_hero(client: httpx2.Client) -> None:
+def test_create_returns_the_etag_of_the_new_hero(client: httpx2.Client) -> None:
     created = client.post("/heroes", json=DEADPOND)
     assert client.get(created.headers["location"]).headers["etag"] == created.headers["etag"]
 
@@ -56,15 +54,15 @@ NONE_MATCH = {
 }
 
 
-def test_if_none_match(client: httpx2.Client, path: str) -> None:
+def test_get_with_if_none_match(client: httpx2.Client, path: str) -> None:
     for header, status in NONE_MATCH.items():
-        answer = client.get(path, headers={"If-None-Match": header})
-        assert answer.status_code == status, header
+        response = client.get(path, headers={"If-None-Match": header})
+        assert response.status_code == status, header
         if status == 304:
-            assert answer.content == b""
-            assert answer.headers["etag"] == '"1"'
+            assert response.content == b""
+            assert response.headers["etag"] == '"1"'
         if status == 422:
-            assert answer.json()["detail"][0]["loc"] == ["header", "if-none-match"]
+            assert response.json()["detail"][0]["loc"] == ["header", "if-none-match"]
 
 
 MATCH = {
@@ -81,18 +79,18 @@ MATCH = {
 
 
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
-def test_if_match(client: httpx2.Client, method: str) -> None:
+def test_update_and_delete_with_if_match(client: httpx2.Client, method: str) -> None:
     for header, status in MATCH.items():
         path = client.post("/heroes/", json=DEADPOND).headers["location"]
-        answer = client.request(method, path, json={"age": 3}, headers={"If-Match": header})
-        assert answer.status_code == status, header
+        response = client.request(method, path, json={"age": 3}, headers={"If-Match": header})
+        assert response.status_code == status, header
         if status != 200:
             assert client.get(path).headers["etag"] == '"1"'
         if status == 412:
-            assert answer.json() == {"detail": "The hero has changed"}
+            assert response.json() == {"detail": "The hero has changed"}
 
 
-def test_an_update_without_changes_has_its_precondition_too(
+def test_an_update_without_changes_checks_its_precondition(
     client: httpx2.Client, path: str
 ) -> None:
     assert client.patch(path, json={}, headers={"If-Match": '"2"'}).status_code == 412
@@ -101,14 +99,16 @@ def test_an_update_without_changes_has_its_precondition_too(
 
 @pytest.mark.parametrize("header", ["*", '"1"'])
 @pytest.mark.parametrize("method", ["PATCH", "DELETE"])
-def test_a_precondition_on_a_hero_that_is_not_there_is_404(
+def test_a_precondition_on_a_missing_hero_is_404(
     client: httpx2.Client, method: str, header: str
 ) -> None:
-    answer = client.request(method, "/heroes/9", json={"age": 3}, headers={"If-Match": header})
-    assert answer.status_code == 404
+    response = client.request(method, "/heroes/9", json={"age": 3}, headers={"If-Match": header})
+    assert response.status_code == 404
 
 
-def at_once(service: Service, requests: list[tuple[str, str, dict[str, str]]]) -> list[int]:
+def send_concurrently(
+    service: Service, requests: list[tuple[str, str, dict[str, str]]]
+) -> list[int]:
     def send(request: tuple[str, str, dict[str, str]]) -> int:
         method, path, headers = request
         with service.client() as client:
@@ -118,24 +118,24 @@ def at_once(service: Service, requests: list[tuple[str, str, dict[str, str]]]) -
         return list(pool.map(send, requests))
 
 
-def test_of_twenty_updates_with_one_etag_one_is_made(service: Service, path: str) -> None:
-    statuses = at_once(service, [("PATCH", path, {"If-Match": '"1"'})] * 20)
+def test_one_of_twenty_concurrent_updates_with_the_same_etag_succeeds(
+    service: Service, path: str
+) -> None:
+    statuses = send_concurrently(service, [("PATCH", path, {"If-Match": '"1"'})] * 20)
     assert sorted(statuses) == [200] + [412] * 19
 
 
-def test_updates_and_deletions_that_race_never_fail(
-    service: Service, client: httpx2.Client
-) -> None:
+def test_concurrent_updates_and_deletes_never_fail(service: Service, client: httpx2.Client) -> None:
     for _ in range(5):
         path = client.post("/heroes/", json=DEADPOND).headers["location"]
         conditional = {"If-Match": '"1"'}
         requests = [("PATCH", path, dict[str, str]()), ("DELETE", path, {})] * 4
         requests += [("PATCH", path, conditional), ("DELETE", path, conditional)]
-        assert set(at_once(service, requests)) <= {200, 404, 412}
+        assert set(send_concurrently(service, requests)) <= {200, 404, 412}
         assert client.get(path).status_code == 404
 
 
-def test_an_etag_is_that_of_its_version_and_of_no_other() -> None:
+def test_an_etag_matches_only_its_own_version() -> None:
     assert etags.versions(etags.from_version(12)) == frozenset({12})
     assert etags.matches(etags.from_version(12), 12)
     assert not etags.matches(etags.from_version(12), 2)

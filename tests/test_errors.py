@@ -1,4 +1,4 @@
-"""Errors in the shape that the client asks for: FastAPI's, or RFC 9457's."""
+"""Errors in the format that the client accepts: FastAPI's or RFC 9457's."""
 
 import httpx2
 import pytest
@@ -10,7 +10,7 @@ PROBLEM = {"Accept": "application/json, application/problem+json"}
 
 
 def problem(client: httpx2.Client, method: str, path: str, **options: object) -> dict[str, object]:
-    """The problem, which must say the same as the plain error does."""
+    """Return the problem; check that the plain error contains the same."""
     plain = client.request(method, path, **options)  # type: ignore[arg-type]
     asked = client.request(method, path, headers=PROBLEM, **options)  # type: ignore[arg-type]
     assert plain.headers["content-type"] == "application/json"
@@ -23,7 +23,7 @@ def problem(client: httpx2.Client, method: str, path: str, **options: object) ->
     return members
 
 
-def test_errors_of_every_kind_are_problems_for_who_asks(
+def test_every_kind_of_error_is_a_problem_for_clients_that_accept_it(
     client: httpx2.Client, database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert problem(client, "GET", "/heroes/1") == {

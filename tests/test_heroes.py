@@ -1,4 +1,4 @@
-"""The tutorial's contract, word for word."""
+"""The tutorial's API: every operation with its exact responses."""
 
 import asyncio
 
@@ -16,19 +16,19 @@ RUSTY_MAN = {"name": "Rusty-Man", "secret_name": "Tommy Sharp", "age": 48}
 
 
 def create(client: httpx2.Client, **hero: object) -> int:
-    answer = client.post("/heroes/", json=DEADPOND | hero)
-    assert answer.status_code == 200
-    return int(answer.json()["id"])
+    response = client.post("/heroes/", json=DEADPOND | hero)
+    assert response.status_code == 200
+    return int(response.json()["id"])
 
 
-def test_create_answers_the_public_hero_byte_for_byte(client: httpx2.Client) -> None:
-    answer = client.post("/heroes/", json=DEADPOND)
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.content == b'{"name":"Deadpond","age":null,"id":1}'
+def test_create_returns_the_public_hero_byte_for_byte(client: httpx2.Client) -> None:
+    response = client.post("/heroes/", json=DEADPOND)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.content == b'{"name":"Deadpond","age":null,"id":1}'
 
 
-def test_create_keeps_the_secret_name_in_the_database_alone(
+def test_create_stores_the_secret_name_and_no_response_contains_it(
     client: httpx2.Client, database: Engine
 ) -> None:
     hero_id = create(client)
@@ -45,33 +45,33 @@ def test_create_keeps_the_secret_name_in_the_database_alone(
 
 
 def test_create_ignores_unknown_members_and_id(client: httpx2.Client) -> None:
-    answer = client.post("/heroes/", json=DEADPOND | {"id": 77, "powers": ["regenerates"]})
-    assert answer.json() == {"name": "Deadpond", "age": None, "id": 1}
+    response = client.post("/heroes/", json=DEADPOND | {"id": 77, "powers": ["regenerates"]})
+    assert response.json() == {"name": "Deadpond", "age": None, "id": 1}
 
 
 @pytest.mark.parametrize("name", ["x", "é" * 200, "🦸‍♀️", "'; DROP TABLE hero; --", "\x7f\t\n"])
-def test_create_keeps_any_other_text_as_it_is(client: httpx2.Client, name: str) -> None:
+def test_create_stores_any_valid_text_unchanged(client: httpx2.Client, name: str) -> None:
     hero_id = create(client, name=name)
     assert client.get(f"/heroes/{hero_id}").json()["name"] == name
 
 
 @pytest.mark.parametrize("age", [None, 0, 1, 2**31 - 1])
-def test_create_keeps_every_age_within_its_bounds(client: httpx2.Client, age: int | None) -> None:
+def test_create_accepts_every_age_within_the_limits(client: httpx2.Client, age: int | None) -> None:
     assert client.get(f"/heroes/{create(client, age=age)}").json()["age"] == age
 
 
 def test_list_of_an_empty_table_is_an_empty_array(client: httpx2.Client) -> None:
-    answer = client.get("/heroes/")
-    assert (answer.status_code, answer.content) == (200, b"[]")
+    response = client.get("/heroes/")
+    assert (response.status_code, response.content) == (200, b"[]")
 
 
-def test_list_is_in_the_order_of_ids_after_updates(client: httpx2.Client) -> None:
+def test_list_is_in_the_order_of_ids_after_an_update(client: httpx2.Client) -> None:
     ids = [create(client, name=f"hero {number}") for number in range(5)]
     client.patch(f"/heroes/{ids[0]}", json={"name": "zzz"})
     assert [hero["id"] for hero in client.get("/heroes/").json()] == ids
 
 
-def test_list_with_offset_and_limit_is_that_slice(client: httpx2.Client) -> None:
+def test_list_with_offset_and_limit_returns_that_slice(client: httpx2.Client) -> None:
     ids = [create(client) for _ in range(5)]
 
     def listed(query: str) -> list[int]:
@@ -83,7 +83,9 @@ def test_list_with_offset_and_limit_is_that_slice(client: httpx2.Client) -> None
     assert listed(f"?offset={2**63 - 1}") == []
 
 
-def test_list_has_100_heroes_at_most_by_default(client: httpx2.Client, database: Engine) -> None:
+def test_list_returns_at_most_100_heroes_by_default(
+    client: httpx2.Client, database: Engine
+) -> None:
     with database.connect() as connection:
         connection.execute(
             text("INSERT INTO hero (name, secret_name) VALUES (:name, 's')"),
@@ -92,20 +94,20 @@ def test_list_has_100_heroes_at_most_by_default(client: httpx2.Client, database:
     assert len(client.get("/heroes/").json()) == 100
 
 
-def test_read_answers_one_hero(client: httpx2.Client) -> None:
+def test_get_returns_one_hero(client: httpx2.Client) -> None:
     hero_id = client.post("/heroes/", json=RUSTY_MAN).json()["id"]
-    answer = client.get(f"/heroes/{hero_id}")
-    assert answer.status_code == 200
-    assert answer.json() == {"name": "Rusty-Man", "age": 48, "id": hero_id}
+    response = client.get(f"/heroes/{hero_id}")
+    assert response.status_code == 200
+    assert response.json() == {"name": "Rusty-Man", "age": 48, "id": hero_id}
 
 
-def test_a_hero_that_is_not_there_is_404(client: httpx2.Client) -> None:
+def test_a_missing_hero_is_404(client: httpx2.Client) -> None:
     create(client)
     for hero_id in (2, 0, -1, 2**31, 2**63 - 1, -(2**63)):
         for method in ("GET", "PATCH", "DELETE"):
-            answer = client.request(method, f"/heroes/{hero_id}", json={"age": 3})
-            assert answer.status_code == 404
-            assert answer.json() == {"detail": "Hero not found"}
+            response = client.request(method, f"/heroes/{hero_id}", json={"age": 3})
+            assert response.status_code == 404
+            assert response.json() == {"detail": "Hero not found"}
 
 
 @pytest.mark.parametrize(
@@ -119,16 +121,16 @@ def test_a_hero_that_is_not_there_is_404(client: httpx2.Client) -> None:
         {},
     ],
 )
-def test_update_changes_what_is_set_and_nothing_else(
+def test_update_changes_only_the_given_fields(
     client: httpx2.Client, database: Engine, changes: dict[str, object]
 ) -> None:
     other = create(client)
     hero_id = client.post("/heroes/", json=RUSTY_MAN).json()["id"]
-    answer = client.patch(f"/heroes/{hero_id}", json=changes)
+    response = client.patch(f"/heroes/{hero_id}", json=changes)
 
     expected = RUSTY_MAN | changes | {"id": hero_id}
-    assert answer.status_code == 200
-    assert answer.json() == {key: expected[key] for key in ("name", "age", "id")}
+    assert response.status_code == 200
+    assert response.json() == {key: expected[key] for key in ("name", "age", "id")}
     with database.connect() as connection:
         rows = connection.execute(text("SELECT * FROM hero ORDER BY id")).mappings().all()
     assert [{key: row[key] for key in expected} for row in rows] == [
@@ -137,16 +139,16 @@ def test_update_changes_what_is_set_and_nothing_else(
     ]
 
 
-def test_delete_answers_ok_and_the_hero_is_gone(client: httpx2.Client) -> None:
+def test_delete_returns_ok_and_removes_the_hero(client: httpx2.Client) -> None:
     hero_id, other = create(client), create(client)
-    answer = client.delete(f"/heroes/{hero_id}")
-    assert (answer.status_code, answer.content) == (200, b'{"ok":true}')
+    response = client.delete(f"/heroes/{hero_id}")
+    assert (response.status_code, response.content) == (200, b'{"ok":true}')
     assert client.get(f"/heroes/{hero_id}").status_code == 404
     assert client.delete(f"/heroes/{hero_id}").status_code == 404
     assert client.get(f"/heroes/{other}").status_code == 200
 
 
-def test_the_path_without_its_slash_answers_without_a_redirect(client: httpx2.Client) -> None:
+def test_the_path_without_a_trailing_slash_works_without_a_redirect(client: httpx2.Client) -> None:
     created = client.post("/heroes", json=DEADPOND)
     assert (created.status_code, created.json()["id"]) == (200, 1)
     listed = client.get("/heroes")
@@ -158,7 +160,7 @@ def test_each_operation_is_exactly_one_statement(database_url: URL) -> None:
     statements: list[str] = []
 
     async def operations() -> None:
-        # The first connection sends statements of its own.
+        # A new connection sends its own statements first.
         await database.run(heroes.list, Page(1))
         event.listen(
             database.engine, "before_cursor_execute", lambda *call: statements.append(call[2])
@@ -176,8 +178,8 @@ def test_each_operation_is_exactly_one_statement(database_url: URL) -> None:
     assert not any("secret_name" in statement for statement in statements[1:])
 
 
-def test_other_methods_of_import_and_export_are_405(client: httpx2.Client) -> None:
-    """And not a 422 about an id, which the path of one hero would return."""
+def test_other_methods_on_import_and_export_are_405(client: httpx2.Client) -> None:
+    """They are not matched by the path of one hero, which would return 422 for the id."""
     for path, allowed in (("/heroes/import", "POST"), ("/heroes/export", "GET")):
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {allowed}:
             refused = client.request(method, path, json={})

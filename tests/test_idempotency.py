@@ -1,4 +1,4 @@
-"""A create with an `Idempotency-Key` is made once, however often it is sent."""
+"""Idempotency keys: a repeated create with the same key creates one hero."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -20,12 +20,12 @@ def count(database: Engine, table: str = "hero") -> int:
         return int(connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one())
 
 
-def test_the_same_key_and_body_replay_the_first_answer_byte_for_byte(
+def test_the_same_key_and_body_replay_the_first_response_byte_for_byte(
     client: httpx2.Client, database: Engine
 ) -> None:
     first = client.post("/heroes/", json=DEADPOND, headers=KEY)
     client.patch(first.headers["location"], json={"name": "Changed"})
-    # The same JSON value in other bytes.
+    # The same JSON value, formatted differently.
     again = client.post(
         "/heroes",
         content=b'{ "secret_name":"Dive Wilson", "name":"Deadpond" }',
@@ -40,7 +40,7 @@ def test_the_same_key_and_body_replay_the_first_answer_byte_for_byte(
     assert count(database) == 1
 
 
-def test_the_same_key_and_another_body_is_422(client: httpx2.Client, database: Engine) -> None:
+def test_the_same_key_with_another_body_is_422(client: httpx2.Client, database: Engine) -> None:
     client.post("/heroes/", json=DEADPOND, headers=KEY)
     for change in ({"name": "X"}, {"secret_name": "X"}, {"age": 1}):
         refused = client.post("/heroes/", json=DEADPOND | change, headers=KEY)
@@ -55,7 +55,7 @@ def test_the_same_key_and_another_body_is_422(client: httpx2.Client, database: E
     assert count(database) == 1
 
 
-def test_other_keys_and_none_are_creates_of_their_own(
+def test_creates_with_other_keys_or_no_key_are_independent(
     client: httpx2.Client, database: Engine
 ) -> None:
     for headers in ({}, {}, KEY, {"Idempotency-Key": "x"}, {"Idempotency-Key": "X"}):
@@ -63,25 +63,25 @@ def test_other_keys_and_none_are_creates_of_their_own(
     assert count(database) == 5
 
 
-def test_twenty_at_once_with_one_key_make_one_hero_and_answer_alike(
+def test_twenty_concurrent_creates_with_one_key_create_one_hero(
     service: Service, database: Engine
 ) -> None:
     def send(_: int) -> tuple[int, bytes, str, bool]:
         with service.client() as client:
-            answer = client.post("/heroes/", json=DEADPOND, headers=KEY)
-            replayed = "idempotency-replayed" in answer.headers
-            return answer.status_code, answer.content, answer.headers["etag"], replayed
+            response = client.post("/heroes/", json=DEADPOND, headers=KEY)
+            replayed = "idempotency-replayed" in response.headers
+            return response.status_code, response.content, response.headers["etag"], replayed
 
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(send, range(20)))
-    assert len({answer[:3] for answer in answers}) == 1
-    assert answers[0][0] == 200
-    assert sum(not replayed for *_, replayed in answers) == 1
+        responses = list(pool.map(send, range(20)))
+    assert len({response[:3] for response in responses}) == 1
+    assert responses[0][0] == 200
+    assert sum(not replayed for *_, replayed in responses) == 1
     assert count(database) == 1
 
 
-def test_a_create_that_fails_leaves_its_key_unused(client: httpx2.Client, database: Engine) -> None:
-    """The key is claimed and the hero inserted in one transaction."""
+def test_a_failed_create_does_not_use_up_its_key(client: httpx2.Client, database: Engine) -> None:
+    """One transaction stores the key and inserts the hero."""
     with database.connect() as connection:
         connection.execute(text("ALTER TABLE hero RENAME TO villain"))
     assert client.post("/heroes/", json=DEADPOND, headers=KEY).status_code == 503
@@ -93,7 +93,7 @@ def test_a_create_that_fails_leaves_its_key_unused(client: httpx2.Client, databa
     assert "idempotency-replayed" not in created.headers
 
 
-def test_a_key_is_free_again_after_24_hours_and_old_ones_are_pruned(
+def test_a_key_can_be_reused_after_24_hours_and_old_keys_are_deleted(
     client: httpx2.Client, database: Engine
 ) -> None:
     for number in range(30):
@@ -122,7 +122,7 @@ def test_a_key_is_free_again_after_24_hours_and_old_ones_are_pruned(
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "a\tb", "é"])
-def test_a_key_of_other_than_1_to_255_visible_characters_is_422(
+def test_a_key_that_is_not_1_to_255_visible_characters_is_422(
     client: httpx2.Client, database: Engine, key: str
 ) -> None:
     headers = {b"Idempotency-Key": key.encode("latin-1")}
@@ -132,7 +132,7 @@ def test_a_key_of_other_than_1_to_255_visible_characters_is_422(
     assert count(database) == 0
 
 
-def test_a_key_of_255_visible_characters_is_fine(client: httpx2.Client) -> None:
+def test_a_key_of_255_visible_characters_is_accepted(client: httpx2.Client) -> None:
     headers = {"Idempotency-Key": "!~" * 127 + "x"}
     assert client.post("/heroes/", json=DEADPOND, headers=headers).status_code == 200
     again = client.post("/heroes/", json=DEADPOND, headers=headers)
@@ -140,7 +140,7 @@ def test_a_key_of_255_visible_characters_is_fine(client: httpx2.Client) -> None:
 
 
 def test_a_key_belongs_to_its_token(database_url: URL, database: Engine) -> None:
-    """Another client's response would tell about the other client's hero."""
+    """A replay for another token would disclose the hero of another client."""
     other = f"other:write:{sha256(b'other').hexdigest()}"
     configured = settings(database_url, api_tokens=f"{TOKENS},{other}")
     with serve(configured) as service, service.client() as client:
@@ -153,10 +153,8 @@ def test_a_key_belongs_to_its_token(database_url: URL, database: Engine) -> None
     assert count(database) == 2
 
 
-def test_bodies_are_compared_as_json_and_not_as_heroes(
-    client: httpx2.Client, database: Engine
-) -> None:
-    """Otherwise a release with another column would compute another fingerprint."""
+def test_bodies_are_compared_as_json_not_as_heroes(client: httpx2.Client, database: Engine) -> None:
+    """Otherwise a new column would change the fingerprint of an old body."""
     client.post("/heroes/", json=DEADPOND, headers=KEY)
     refused = client.post("/heroes/", json=DEADPOND | {"age": None}, headers=KEY)
     assert refused.status_code == 422

@@ -1,4 +1,4 @@
-"""The lines of the log on their way out."""
+"""Writing of log lines."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from tests.service import ROOT
 
 
-def test_lines_of_many_workers_into_one_pipe_stay_whole() -> None:
+def test_lines_of_several_workers_in_one_pipe_are_not_mixed() -> None:
     code = """if True:
         from app.telemetry.logs import AccessLogEntry, configure, log_requests
 
@@ -28,8 +28,8 @@ def test_lines_of_many_workers_into_one_pipe_stay_whole() -> None:
     assert [worker.wait() for worker in workers] == [0, 0]
 
 
-def test_the_log_works_where_pipes_have_no_size() -> None:
-    """On Windows `select` has no PIPE_BUF."""
+def test_the_log_works_on_a_platform_without_pipe_buf() -> None:
+    """On Windows, `select` has no PIPE_BUF."""
     code = "import select; del select.PIPE_BUF; import app.telemetry.logs as logs; print(logs)"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert imported.returncode == 0, imported.stderr

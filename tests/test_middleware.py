@@ -1,4 +1,4 @@
-"""What is known of every request: its id, its line in the log, and a bug's traceback."""
+"""Request ids, the access log, and the traceback of an unexpected error."""
 
 import json
 import logging
@@ -18,25 +18,25 @@ pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 JSON = "application/json"
 
 
-def test_every_answer_has_a_request_id_of_its_own(client: httpx2.Client) -> None:
-    answers = [client.get(path) for path in ("/heroes/", "/heroes/1", "/nowhere", "/docs")]
-    ids = [answer.headers["x-request-id"] for answer in answers]
+def test_every_response_has_its_own_request_id(client: httpx2.Client) -> None:
+    responses = [client.get(path) for path in ("/heroes/", "/heroes/1", "/nowhere", "/docs")]
+    ids = [response.headers["x-request-id"] for response in responses]
     assert all(ids)
     assert len(set(ids)) == len(ids)
 
 
-def test_a_clients_own_request_id_is_kept(client: httpx2.Client) -> None:
-    answer = client.get("/heroes/", headers={"X-Request-ID": "f00-BAR_1"})
-    assert answer.headers.get_list("x-request-id") == ["f00-BAR_1"]
+def test_a_request_id_from_the_client_is_kept(client: httpx2.Client) -> None:
+    response = client.get("/heroes/", headers={"X-Request-ID": "f00-BAR_1"})
+    assert response.headers.get_list("x-request-id") == ["f00-BAR_1"]
 
 
-@pytest.mark.parametrize("unfit", ["", "a b", "x" * 129, "caf\u00e9"])
-def test_an_unfit_request_id_is_replaced(client: httpx2.Client, unfit: str) -> None:
-    answer = client.get("/heroes/", headers={b"X-Request-ID": unfit.encode("latin-1")})
-    assert answer.headers["x-request-id"] not in ("", unfit)
+@pytest.mark.parametrize("invalid", ["", "a b", "x" * 129, "caf\u00e9"])
+def test_an_invalid_request_id_is_replaced(client: httpx2.Client, invalid: str) -> None:
+    response = client.get("/heroes/", headers={b"X-Request-ID": invalid.encode("latin-1")})
+    assert response.headers["x-request-id"] not in ("", invalid)
 
 
-def test_a_bug_is_a_logged_500_with_its_id_and_the_connection_goes_on(
+def test_a_bug_is_a_logged_500_with_a_request_id_and_the_connection_stays_open(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def bug(*_: object) -> None:
@@ -44,10 +44,10 @@ def test_a_bug_is_a_logged_500_with_its_id_and_the_connection_goes_on(
 
     monkeypatch.setattr(heroes, "get_many", bug)
     connection = service.connection()
-    answer = connection.send("GET", "/heroes/1")
-    assert answer.status == 500
-    assert answer.json == {"detail": "Internal Server Error"}
-    assert answer.headers["X-Request-ID"]
+    response = connection.send("GET", "/heroes/1")
+    assert response.status == 500
+    assert response.json == {"detail": "Internal Server Error"}
+    assert response.headers["X-Request-ID"]
     assert connection.send("GET", "/heroes/").status == 200
     connection.close()
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -55,8 +55,8 @@ def test_a_bug_is_a_logged_500_with_its_id_and_the_connection_goes_on(
     assert record.exc_info[0] is ZeroDivisionError
 
 
-def test_the_log_is_one_json_object_a_line_without_secrets(database_url: URL) -> None:
-    """The real process: start, requests good and bad, stop."""
+def test_every_log_line_is_a_json_object_without_secrets(database_url: URL) -> None:
+    """A real process starts, handles valid and invalid requests, and stops."""
     server = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The schema: from migrations alone, there and back, and the same that the models say."""
+"""Migrations: upgrades and downgrades, equality with the models, and errors."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlmodel import SQLModel
 
 from app.db import migrations
-from app.db.revisions import ALEMBIC_INI, Revisions
+from app.db.revisions import Revisions
 from tests.schemas import schema_of
 from tests.servers import Postgres
 from tests.service import (
@@ -36,7 +36,7 @@ from tests.service import (
     settings,
 )
 
-SCRIPTS = ScriptDirectory.from_config(Config(ALEMBIC_INI))
+SCRIPTS = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
 HEAD = REVISIONS[-1]
 
@@ -61,39 +61,39 @@ def rows(database: Engine) -> list[tuple[object, ...]]:
 
 
 @pytest.fixture
-def beside(empty_database: URL) -> Iterator[Engine]:
-    """A way into the empty database."""
-    beside = engine(empty_database)
-    yield beside
-    beside.dispose()
+def outside(empty_database: URL) -> Iterator[Engine]:
+    """An engine for the empty database."""
+    outside = engine(empty_database)
+    yield outside
+    outside.dispose()
 
 
-def test_there_is_one_head_and_the_order_of_the_files_is_that_of_the_revisions() -> None:
+def test_there_is_one_head_and_the_files_sort_in_the_order_of_the_revisions() -> None:
     assert SCRIPTS.get_heads() == [HEAD]
     files = sorted(Path(SCRIPTS.versions).glob("*.py"))
     assert [re.split("_", file.name)[3] for file in files] == REVISIONS
 
 
-def test_every_revision_goes_up_down_and_up_again_with_rows_in_it(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_every_revision_upgrades_downgrades_and_upgrades_again_with_rows(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
     for revision in REVISIONS:
         migrate(empty_database, "upgrade", revision)
-        insert(beside)
-        before, kept = schema_of(empty_database), rows(beside)
+        insert(outside)
+        before, kept = schema_of(empty_database), rows(outside)
         migrate(empty_database, "downgrade", "-1")
         if revision != REVISIONS[0]:
-            assert rows(beside) == kept
+            assert rows(outside) == kept
         migrate(empty_database, "upgrade", revision)
         assert schema_of(empty_database) == before, revision
         if revision != REVISIONS[0]:
-            assert rows(beside) == kept
+            assert rows(outside) == kept
     migrate(empty_database, "downgrade", "base")
-    assert inspect(beside).get_table_names() == ["alembic_version"]
+    assert inspect(outside).get_table_names() == ["alembic_version"]
 
 
 def make_models(url: URL) -> None:
-    """The schema that the models say, and nothing but that."""
+    """Create the schema from the models, without migrations."""
     models = create_engine(url)
     with models.begin() as connection:
         for table in SQLModel.metadata.sorted_tables:
@@ -110,7 +110,9 @@ def make_models(url: URL) -> None:
 
 
 @postgresql_only
-def test_the_migrations_make_what_the_models_say(database_url: URL, empty_database: URL) -> None:
+def test_the_migrations_create_the_schema_of_the_models(
+    database_url: URL, empty_database: URL
+) -> None:
     make_models(empty_database)
     assert schema_of(database_url) == schema_of(empty_database)
 
@@ -120,19 +122,19 @@ def test_alembic_check_finds_nothing_to_do(database_url: URL, migrate: Migrators
 
 
 DRIFTS = {
-    "a column more": "ALTER TABLE hero ADD COLUMN power text",
-    "a column less": "ALTER TABLE hero DROP COLUMN version",
+    "an additional column": "ALTER TABLE hero ADD COLUMN power text",
+    "a missing column": "ALTER TABLE hero DROP COLUMN version",
     "another type": "ALTER TABLE hero ALTER COLUMN age TYPE bigint",
-    "a length": "ALTER TABLE hero ALTER COLUMN name TYPE varchar(200)",
-    "a collation": 'ALTER TABLE hero ALTER COLUMN name TYPE varchar COLLATE "C"',
+    "another length": "ALTER TABLE hero ALTER COLUMN name TYPE varchar(200)",
+    "another collation": 'ALTER TABLE hero ALTER COLUMN name TYPE varchar COLLATE "C"',
     "null allowed": "ALTER TABLE hero ALTER COLUMN secret_name DROP NOT NULL",
     "another default": "ALTER TABLE hero ALTER COLUMN version SET DEFAULT 0",
-    "an index less": "DROP INDEX ix_hero_age_id",
-    "an index more": "CREATE INDEX ix_hero_secret_name ON hero (secret_name)",
+    "a missing index": "DROP INDEX ix_hero_age_id",
+    "an additional index": "CREATE INDEX ix_hero_secret_name ON hero (secret_name)",
     "a partial index": "DROP INDEX ix_hero_age_id;"
     " CREATE INDEX ix_hero_age_id ON hero (age, id) WHERE age > 0",
     "no primary key": "ALTER TABLE hero DROP CONSTRAINT hero_pkey",
-    "a check less": "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check",
+    "a missing check": "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check",
     "another check": "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check;"
     " ALTER TABLE hero ADD CONSTRAINT hero_age_not_negative_check CHECK (age > 0)",
     "a check that is not valid": "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check;"
@@ -140,19 +142,19 @@ DRIFTS = {
     "a grant": "GRANT SELECT ON hero TO PUBLIC",
     "a trigger": "CREATE TRIGGER t BEFORE UPDATE ON hero FOR EACH ROW"
     " EXECUTE FUNCTION suppress_redundant_updates_trigger()",
-    "a table more": "CREATE TABLE villain (id int)",
+    "an additional table": "CREATE TABLE villain (id int)",
     "a smaller sequence": "ALTER SEQUENCE hero_id_seq AS integer",
 }
 
 
 @pytest.mark.filterwarnings("ignore:Can't validate argument 'dialect_options'")
 @postgresql_only
-def test_every_kind_of_drift_is_seen(
+def test_every_kind_of_drift_is_detected(
     postgres: Postgres, database_url: URL, templates: dict[str, URL], figures: list[str]
 ) -> None:
     sound = schema_of(database_url)
-    seen_by_alembic = 0
-    unseen = []
+    detected_by_alembic = 0
+    undetected = []
     for drift, statements in DRIFTS.items():
         name = f"heroes_drift_{uuid.uuid4().hex}"
         url = postgres.create(name, str(templates["postgresql"].database))
@@ -160,20 +162,20 @@ def test_every_kind_of_drift_is_seen(
         with drifted.connect() as connection:
             connection.execute(text(statements))
             context = MigrationContext.configure(connection, opts={"compare_server_default": True})
-            seen_by_alembic += bool(compare_metadata(context, SQLModel.metadata))
+            detected_by_alembic += bool(compare_metadata(context, SQLModel.metadata))
         drifted.dispose()
         if schema_of(url) == sound:
-            unseen.append(drift)
+            undetected.append(drift)
         postgres.drop(name)
     figures.append(
-        f"drift: {len(DRIFTS) - len(unseen)} of {len(DRIFTS)} kinds seen as pg_dump writes them,"
-        f" {seen_by_alembic} by alembic check"
+        f"drift: the comparison of dumps detects {len(DRIFTS) - len(undetected)} of {len(DRIFTS)}"
+        f" kinds, alembic check detects {detected_by_alembic}"
     )
-    assert unseen == []
+    assert undetected == []
 
 
 def tutorials_database(url: URL) -> None:
-    """What the tutorial's own code leaves behind."""
+    """Create the database as the tutorial's own code does."""
     create = "from tests.tutorial import *; SQLModel.metadata.create_all(engine)"
     subprocess.run(
         [sys.executable, "-c", create],
@@ -183,14 +185,14 @@ def tutorials_database(url: URL) -> None:
     )
 
 
-def test_the_tutorials_database_is_taken_over_with_its_rows(
-    empty_database: URL, beside: Engine, migrate: Migrators, database_url: URL
+def test_an_upgrade_of_the_tutorials_database_keeps_its_rows(
+    empty_database: URL, outside: Engine, migrate: Migrators, database_url: URL
 ) -> None:
     tutorials_database(empty_database)
-    insert(beside)
-    kept = rows(beside)
+    insert(outside)
+    kept = rows(outside)
     migrate(empty_database, "upgrade", "head")
-    assert rows(beside) == kept
+    assert rows(outside) == kept
     with serve(settings(empty_database)) as service, service.client() as client:
         assert client.get("/health/ready").status_code == 200
         created = client.post("/heroes/", json={"name": "New", "secret_name": "n"}).json()
@@ -200,19 +202,19 @@ def test_the_tutorials_database_is_taken_over_with_its_rows(
 
 
 OTHER_TABLES = {
-    "a column more": ("ALTER TABLE hero ADD COLUMN power varchar", "power is VARCHAR, not"),
-    "a column less": ("ALTER TABLE hero DROP COLUMN secret_name", "secret_name is missing, not"),
-    "another table altogether": ("DROP TABLE hero; CREATE TABLE hero (id text)", "age is missing"),
+    "an additional column": ("ALTER TABLE hero ADD COLUMN power varchar", "power is VARCHAR, not"),
+    "a missing column": ("ALTER TABLE hero DROP COLUMN secret_name", "secret_name is missing, not"),
+    "an unrelated table": ("DROP TABLE hero; CREATE TABLE hero (id text)", "age is missing"),
 }
 
 
 @pytest.mark.parametrize("change", OTHER_TABLES)
-def test_another_table_hero_is_refused_and_left_untouched(
-    empty_database: URL, beside: Engine, migrate: Migrators, change: str
+def test_a_different_table_named_hero_is_refused_and_not_changed(
+    empty_database: URL, outside: Engine, migrate: Migrators, change: str
 ) -> None:
     tutorials_database(empty_database)
     statements, difference = OTHER_TABLES[change]
-    with beside.connect() as connection:
+    with outside.connect() as connection:
         for statement in statements.split(";"):
             connection.execute(text(statement))
     before = schema_of(empty_database)
@@ -225,7 +227,7 @@ def test_another_table_hero_is_refused_and_left_untouched(
     ]
 
 
-HANGERS_ON = {
+DEPENDENTS = {
     "a view": ("CREATE VIEW ids AS SELECT id FROM hero", "depends on id"),
     "a foreign key": ("CREATE TABLE sidekick (hero_id int REFERENCES hero)", "depends on id"),
     "an index": ("CREATE INDEX i ON hero (secret_name, id)", "index i depends on id"),
@@ -239,13 +241,13 @@ HANGERS_ON = {
 
 
 @postgresql_only
-@pytest.mark.parametrize("change", HANGERS_ON)
-def test_a_tutorials_table_on_whose_id_more_hangs_is_refused_at_once(
-    empty_database: URL, beside: Engine, migrate: Migrators, change: str
+@pytest.mark.parametrize("change", DEPENDENTS)
+def test_a_tutorials_table_with_other_dependents_of_its_id_is_refused(
+    empty_database: URL, outside: Engine, migrate: Migrators, change: str
 ) -> None:
     tutorials_database(empty_database)
-    statements, difference = HANGERS_ON[change]
-    with beside.connect() as connection:
+    statements, difference = DEPENDENTS[change]
+    with outside.connect() as connection:
         connection.execute(text(statements))
     before = schema_of(empty_database)
     refused = migrate(empty_database, "upgrade", "head", check=False)
@@ -255,21 +257,21 @@ def test_a_tutorials_table_on_whose_id_more_hangs_is_refused_at_once(
 
 
 @postgresql_only
-def test_the_urls_options_are_the_migrations_too(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_the_migrations_use_the_options_of_the_url(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
-    with beside.connect() as connection:
+    with outside.connect() as connection:
         connection.execute(text("CREATE SCHEMA elsewhere"))
     url = empty_database.update_query_dict({"options": "-c search_path=elsewhere"})
     migrate(url, "upgrade", "head")
-    assert inspect(beside).get_table_names() == []
-    assert "hero" in inspect(beside).get_table_names(schema="elsewhere")
+    assert inspect(outside).get_table_names() == []
+    assert "hero" in inspect(outside).get_table_names(schema="elsewhere")
     with serve(settings(url)) as service, service.client() as client:
         assert client.get("/health/ready").status_code == 200
 
 
 @postgresql_only
-def test_a_migrator_that_stands_still_loses_its_locks(empty_database: URL) -> None:
+def test_a_hanging_migrator_loses_its_locks(empty_database: URL) -> None:
     migrating = migrations.engine(empty_database)
     with migrating.connect() as connection:
         shown = {
@@ -284,26 +286,26 @@ def test_a_migrator_that_stands_still_loses_its_locks(empty_database: URL) -> No
     assert list(shown.values()) == ["500ms", "15min", "10s", "1s"]
 
 
-def test_old_rows_that_break_a_constraint_are_kept_and_named_and_new_ones_refused(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_old_rows_that_violate_a_constraint_are_kept_and_new_ones_are_refused(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
     tutorials_database(empty_database)
-    insert(beside)
-    with beside.connect() as connection:
+    insert(outside)
+    with outside.connect() as connection:
         connection.execute(text("INSERT INTO hero (name, secret_name) VALUES ('', 's')"))
         connection.execute(text("INSERT INTO hero (name, secret_name, age) VALUES ('n', 's', -1)"))
-    kept = rows(beside)
+    kept = rows(outside)
     upgraded = migrate(empty_database, "upgrade", "head")
-    assert rows(beside) == kept
+    assert rows(outside) == kept
     assert "1 old rows of hero violate hero_name_length_check and are kept: id 4" in upgraded.output
     assert "violate hero_age_not_negative_check and are kept: id 5" in upgraded.output
     for values in ("'', 's', 1", "'n', '', 1", "'n', 's', -1"):
-        with beside.connect() as connection, pytest.raises(IntegrityError):
+        with outside.connect() as connection, pytest.raises(IntegrityError):
             connection.execute(text(f"INSERT INTO hero (name, secret_name, age) VALUES ({values})"))
 
 
 @postgresql_only
-def test_ids_past_int4_are_given_and_found(database_url: URL, database: Engine) -> None:
+def test_ids_larger_than_int4_are_assigned_and_found(database_url: URL, database: Engine) -> None:
     with database.connect() as connection:
         connection.execute(text("SELECT setval('hero_id_seq', 3000000000)"))
     with serve(settings(database_url)) as service, service.client() as client:
@@ -312,16 +314,16 @@ def test_ids_past_int4_are_given_and_found(database_url: URL, database: Engine) 
         assert client.get("/heroes/3000000001").json() == hero
 
 
-def test_the_migrations_url_goes_before_the_services(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_the_migration_url_overrides_the_url_of_the_service(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
     given = empty_database.render_as_string(hide_password=False)
     migrate("sqlite:////nowhere/heroes.db", "upgrade", "head", MIGRATION_DATABASE_URL=given)
-    assert "hero" in inspect(beside).get_table_names()
+    assert "hero" in inspect(outside).get_table_names()
 
 
 @postgresql_only
-def test_a_password_may_have_any_character(
+def test_a_password_may_contain_any_character(
     postgres: Postgres, empty_database: URL, migrate: Migrators
 ) -> None:
     role, password = f"role_{uuid.uuid4().hex}", "a%b@c:d/e?f#g'h\"i$j é%20%(here)s"
@@ -336,39 +338,39 @@ def test_a_password_may_have_any_character(
 
 
 @postgresql_only
-def test_offline_sql_makes_the_same_schema(
-    database_url: URL, empty_database: URL, beside: Engine, migrate: Migrators
+def test_offline_sql_creates_the_same_schema(
+    database_url: URL, empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
     offline = migrate(database_url, "upgrade", "head", "--sql", LOG_LEVEL="ERROR").output
-    with beside.connect() as connection:
+    with outside.connect() as connection:
         driver = connection.connection.driver_connection
         assert driver
-        # A statement at a time, as psql runs it: several in one message are one transaction.
+        # One statement at a time, as psql does: several in one message are one transaction.
         for statement in re.split(r";\n\n", offline):
             driver.execute(statement)
     assert schema_of(empty_database) == schema_of(database_url)
 
 
-# What squawk says of the revisions and is not so here, with the reason.
+# Rules of squawk that do not apply to these revisions, each with the reason.
 EVERYWHERE = {
     "require-lock-timeout": "app/db/migrations.py sets it for the session",
     "require-statement-timeout": "app/db/migrations.py sets it for the session",
-    "prefer-robust-stmts": "alembic puts each revision into a transaction, or it can be run again",
+    "prefer-robust-stmts": "each revision runs in one transaction, or is safe to run again",
 }
 EXCEPTIONS = {
     "0001": {
-        "prefer-bigint-over-int": "the tutorial's table as it is; 0005 makes the ids bigint",
-        "prefer-identity": "the tutorial's table as it is",
-        "prefer-text-field": "the tutorial's table as it is, and varchar without a length is text",
+        "prefer-bigint-over-int": "this is the tutorial's table, 0005 changes the ids to bigint",
+        "prefer-identity": "this is the tutorial's table",
+        "prefer-text-field": "this is the tutorial's table, varchar without a length is text",
     },
-    "0002": {"prefer-bigint-over-int": "nobody writes a row two thousand million times"},
+    "0002": {"prefer-bigint-over-int": "no row is updated two billion times"},
     "0008": {"prefer-bigint-over-int": "an HTTP status has three digits"},
     "0005": {
-        "adding-not-nullable-field": "proved by the check of 0004, so that no row is looked at",
-        "ban-drop-column": "the column comes back under its name in the same transaction",
-        "ban-drop-constraint": "one is of 0004 alone, the other comes back in the same transaction",
-        "ban-drop-function": "of 0003, for the trigger alone",
-        "renaming-column": "to the name of the column that went in the same transaction",
+        "adding-not-nullable-field": "the check of 0004 proves it, PostgreSQL scans no rows",
+        "ban-drop-column": "the same transaction creates a column with the same name",
+        "ban-drop-constraint": "0004 made one for this step, the transaction recreates the other",
+        "ban-drop-function": "0003 made it, only the trigger used it",
+        "renaming-column": "the new name is that of the column dropped in the same transaction",
     },
 }
 
@@ -381,7 +383,7 @@ def squawk(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_squawk_finds_nothing_in_a_revision_but_the_exceptions(
+def test_squawk_finds_only_the_listed_exceptions_in_a_revision(
     revision: str, migrate: Migrators, tmp_path: Path
 ) -> None:
     before = REVISIONS[REVISIONS.index(revision) - 1] if revision != REVISIONS[0] else "base"
@@ -393,17 +395,17 @@ def test_squawk_finds_nothing_in_a_revision_but_the_exceptions(
     assert squawk(file) - EVERYWHERE.keys() == EXCEPTIONS.get(revision, {}).keys()
 
 
-def test_squawk_would_find_an_index_that_is_not_built_concurrently(tmp_path: Path) -> None:
-    """The control of the test above."""
+def test_squawk_finds_an_index_that_is_not_built_concurrently(tmp_path: Path) -> None:
+    """The control for the previous test."""
     file = tmp_path / "bad.sql"
     file.write_text("CREATE INDEX i ON hero (name);")
     assert "require-concurrent-index-creation" in squawk(file)
 
 
-# The database is left as it is.
+# Cases in which the migrations must not change the database.
 
 
-def test_a_database_of_a_newer_release_is_left_alone_and_the_service_is_ready_on_it(
+def test_a_database_of_a_newer_release_is_not_changed_and_the_service_is_ready(
     database_url: URL, database: Engine, migrate: Migrators
 ) -> None:
     with database.connect() as connection:
@@ -420,7 +422,7 @@ def test_a_database_of_a_newer_release_is_left_alone_and_the_service_is_ready_on
 
 
 @postgresql_only
-def test_without_rights_or_on_a_read_only_server_nothing_is_changed_and_one_line_says_so(
+def test_missing_rights_and_a_read_only_server_are_reported_in_one_line(
     postgres: Postgres, empty_database: URL, migrate: Migrators
 ) -> None:
     role = f"role_{uuid.uuid4().hex}"
@@ -452,14 +454,14 @@ def assert_one_line(migration: tuple[int, str], expected: str) -> None:
     assert expected in line
 
 
-def test_a_server_that_is_not_there_is_one_line(migrate: Migrators, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported_in_one_line(migrate: Migrators, tmp_path: Path) -> None:
     nowhere = migrate("postgresql://u:p@127.0.0.1:1/db", "upgrade", "head", check=False)
     assert_one_line(nowhere, "connection failed")
     no_folder = migrate(f"sqlite:///{tmp_path}/nowhere/h.db", "upgrade", "head", check=False)
     assert_one_line(no_folder, "unable to open database file")
 
 
-# A copy of the project, in which something is changed.
+# Tests that change a copy of the project.
 
 
 @pytest.fixture
@@ -474,7 +476,9 @@ def run(project: Path, url: URL, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_two_heads_and_a_missing_folder_are_one_line(project: Path, empty_database: URL) -> None:
+def test_two_heads_and_a_missing_folder_are_reported_in_one_line(
+    project: Path, empty_database: URL
+) -> None:
     assert run(project, empty_database, "revision", "-m", "one")[0] == 0
     other = run(project, empty_database, "revision", "-m", "other", "--head", HEAD, "--splice")
     assert other[0] == 0
@@ -485,10 +489,10 @@ def test_two_heads_and_a_missing_folder_are_one_line(project: Path, empty_databa
     assert [s for s in schema_of(empty_database) if "alembic_version" not in s] == []
 
 
-def test_a_column_more_in_the_model_goes_all_the_way(
+def test_a_new_column_in_the_model_is_generated_linted_upgraded_and_downgraded(
     project: Path, database_url: URL, database: Engine
 ) -> None:
-    """The model, the generated revision, lint, up, check, down: as docs/migrations.md says."""
+    """The steps are those of docs/migrations.md."""
     insert(database)
     before, kept = schema_of(database_url), rows(database)
     models = project / "app" / "models.py"

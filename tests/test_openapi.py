@@ -1,4 +1,4 @@
-"""The documentation: the tutorial's, served from here."""
+"""OpenAPI and the documentation pages: the tutorial's operations, described in full."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from app.application import create_app
 from app.db.pagination import Cursor
 from tests.service import Service, serve, settings
 
-# What FastAPI generates for the tutorial's own code.
+# The operations that FastAPI generates for the tutorial's own code.
 TUTORIAL = {
     ("/heroes/", "post"): ("create_hero", "Create Hero"),
     ("/heroes/", "get"): ("read_heroes", "Read Heroes"),
@@ -49,12 +49,12 @@ def test_the_paths_and_operations_are_the_tutorials(schema: dict[str, Any]) -> N
 
 
 def has_example(content: dict[str, Any], document: dict[str, Any]) -> bool:
-    """Whether the content has an example, or the model that it refers to."""
+    """Return whether the content, or the model that it refers to, has an example."""
     model = content["schema"].get("items", content["schema"]).get("$ref", "").rpartition("/")[2]
     return "example" in content or bool(document["components"]["schemas"][model]["examples"])
 
 
-def test_every_code_parameter_and_header_is_described_with_an_example(
+def test_every_status_parameter_and_header_has_a_description_and_an_example(
     schema: dict[str, Any],
 ) -> None:
     for path, methods in schema["paths"].items():
@@ -63,16 +63,16 @@ def test_every_code_parameter_and_header_is_described_with_an_example(
             assert {"200", "422", "503"} <= set(operation["responses"]), where
             for parameter in operation["parameters"]:
                 assert parameter["description"], (where, parameter)
-            for status, answer in operation["responses"].items():
-                assert answer["description"] != "Successful Response", (where, status)
-                assert "X-Request-ID" in answer["headers"], (where, status)
-                for header in answer["headers"].values():
+            for status, response in operation["responses"].items():
+                assert response["description"] != "Successful Response", (where, status)
+                assert "X-Request-ID" in response["headers"], (where, status)
+                for header in response["headers"].values():
                     assert header["description"]
                     assert header["example"]
-                for content in answer.get("content", {}).values():
+                for content in response.get("content", {}).values():
                     assert has_example(content, schema), (where, status)
                 if int(status) >= 400:
-                    assert set(answer["content"]) == {
+                    assert set(response["content"]) == {
                         "application/json",
                         "application/problem+json",
                     }
@@ -86,15 +86,15 @@ def test_a_plain_route_without_parameters_is_documented(tmp_path: Path) -> None:
     assert "200" in app.openapi()["paths"]["/plain"]["get"]["responses"]
 
 
-def test_every_try_it_out_gets_a_request_id_of_its_own(schema: dict[str, Any]) -> None:
-    """Swagger UI would prefill a documented parameter with its example."""
+def test_the_request_id_is_not_a_documented_parameter(schema: dict[str, Any]) -> None:
+    """Otherwise Swagger UI would send its example as the id of every request."""
     for methods in schema["paths"].values():
         for operation in methods.values():
             names = [parameter["name"].lower() for parameter in operation.get("parameters", [])]
             assert "x-request-id" not in names
 
 
-def test_there_are_three_shapes_of_errors(schema: dict[str, Any]) -> None:
+def test_there_are_three_error_schemas(schema: dict[str, Any]) -> None:
     shapes = {
         content["schema"]["$ref"].rpartition("/")[2]
         for methods in schema["paths"].values()
@@ -107,7 +107,7 @@ def test_there_are_three_shapes_of_errors(schema: dict[str, Any]) -> None:
     assert shapes < schema["components"]["schemas"].keys()
 
 
-def test_where_tokens_are_asked_for_it_is_described(tmp_path: Path) -> None:
+def test_operations_that_need_a_token_document_it(tmp_path: Path) -> None:
     configured = settings(
         make_url(f"sqlite:///{tmp_path}/heroes.db"), api_tokens=f"ops:write:{'0' * 64}"
     )
@@ -135,28 +135,28 @@ schemathesis.openapi.media_type(
 )
 
 
-def keep_what_a_schema_cannot_say(case: Any, number: int) -> None:
-    """Makes a request valid that is so by the schema of each of its parts."""
+def satisfy_rules_outside_the_schema(case: Any, number: int) -> None:
+    """Make a generated request valid where a rule involves more than one parameter."""
     if {"age_min", "age_max"} <= set(case.query):
         case.query["age_min"] = min(case.query["age_min"], case.query["age_max"])
     if "after" in case.query:
         sort = case.query.get("sort", "id")
         case.query["after"] = str(Cursor(sort, {"name": "a", "-name": "a"}.get(sort, 5), 5))
         case.query.pop("offset", None)
-    if key := case.headers.get("idempotency-key"):  # Another body is another create.
+    if key := case.headers.get("idempotency-key"):  # A new key, as the body may differ.
         case.headers["idempotency-key"] = f"{number}{key}"[:255]
     case.headers.pop("Content-Encoding", None)
 
 
-# What is wrong with these the server answers, before there is a request for the service.
+# The HTTP server refuses bad values of these headers before the service gets a request.
 OF_HTTP = ("Connection", "Content-Length", "Expect", "Host", "Transfer-Encoding", "Upgrade")
-EACH = 150  # Of 7 operations and 2 modes, that is 2,100 in all.
+EACH = 150  # For 7 operations and 2 modes: 2,100 requests in total.
 
 
-def test_requests_made_from_the_schema_are_answered_as_it_says(
+def test_responses_to_generated_requests_conform_to_the_schema(
     service: Service, figures: list[str], backend: str
 ) -> None:
-    """Valid ones are accepted, invalid ones are refused, and each answer is as described."""
+    """Valid requests are accepted, invalid ones are refused, and responses match the schema."""
     statuses: Counter[tuple[str, int]] = Counter()
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{service.port}/openapi.json")
     accepted = ["2xx", "304", "404", "412"]
@@ -171,27 +171,27 @@ def test_requests_made_from_the_schema_are_answered_as_it_says(
                     max_examples=EACH,
                     deadline=None,
                     database=None,
-                    derandomize=True,  # A test that fails once in a while helps nobody.
+                    derandomize=True,  # A flaky test is of no use.
                     phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck),
                 )
                 @given(operation.as_strategy(generation_mode=mode))
-                def ask(case: Any) -> None:
-                    mode = case.meta.generation.mode  # There is not always something to make wrong.
+                def send(case: Any) -> None:
+                    mode = case.meta.generation.mode  # Some operations have no invalid requests.
                     if mode is GenerationMode.POSITIVE:
-                        keep_what_a_schema_cannot_say(case, statuses.total())
+                        satisfy_rules_outside_the_schema(case, statuses.total())
                     for header in OF_HTTP:
                         case.headers.pop(header, None)
-                    answer = case.call(session=session)
-                    statuses[mode.value, answer.status_code] += 1
-                    case.validate_response(answer)
+                    response = case.call(session=session)
+                    statuses[mode.value, response.status_code] += 1
+                    case.validate_response(response)
 
-                ask()
+                send()
     assert statuses.total() >= 2000
-    told = ", ".join(
+    counts = ", ".join(
         f"{mode} {status}: {count}" for (mode, status), count in sorted(statuses.items())
     )
-    figures.append(f"requests from OpenAPI on {backend}: {statuses.total()} ({told})")
+    figures.append(f"requests generated from OpenAPI on {backend}: {statuses.total()} ({counts})")
 
 
 def test_the_schemas_are_the_tutorials(schema: dict[str, Any]) -> None:
@@ -205,11 +205,11 @@ def test_the_schemas_are_the_tutorials(schema: dict[str, Any]) -> None:
         "HeroPublic": (["name", "age", "id"], ["name", "id"]),
         "HeroUpdate": (["name", "age", "secret_name"], []),
     }
-    answer = schema["paths"]["/heroes/"]["get"]["responses"]["200"]["content"]["application/json"]
-    assert answer["schema"]["items"] == {"$ref": "#/components/schemas/HeroPublic"}
+    response = schema["paths"]["/heroes/"]["get"]["responses"]["200"]["content"]["application/json"]
+    assert response["schema"]["items"] == {"$ref": "#/components/schemas/HeroPublic"}
 
 
-def test_the_docs_load_nothing_from_elsewhere(tmp_path: Path) -> None:
+def test_the_docs_load_no_file_from_another_host(tmp_path: Path) -> None:
     configured = settings(make_url(f"sqlite:///{tmp_path}/heroes.db"))
     with serve(configured) as service, service.client() as client:
         page = client.get("/docs")

@@ -1,4 +1,4 @@
-"""Who may write."""
+"""Bearer tokens for write operations."""
 
 from hashlib import sha256
 
@@ -27,7 +27,7 @@ def write(client: httpx2.Client, headers: dict[str, str]) -> list[int]:
     ]
 
 
-def test_with_tokens_set_a_write_needs_one_and_a_read_does_not(database_url: URL) -> None:
+def test_with_tokens_configured_writes_need_one_and_reads_do_not(database_url: URL) -> None:
     configured = settings(database_url, api_tokens=TOKENS)
     with serve(configured) as service, service.client() as client:
         assert client.get("/heroes/").status_code == 200
@@ -44,7 +44,7 @@ def test_with_tokens_set_a_write_needs_one_and_a_read_does_not(database_url: URL
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_without_tokens_everything_is_open_and_the_docs_say_nothing_of_them(
+def test_without_tokens_everything_is_open_and_the_docs_do_not_mention_them(
     client: httpx2.Client,
 ) -> None:
     assert write(client, {}) == [200, 200, 200]

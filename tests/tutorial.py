@@ -1,7 +1,7 @@
-"""The release before the first: what somebody has at the end of the tutorial, on PostgreSQL too.
+"""The final code of the tutorial, for SQLite and PostgreSQL.
 
-For the tests of what it leaves behind (a database made by `create_all`) and of what it must go on
-doing (its work, on the newest schema).
+The tests treat it as the previous release. They upgrade the database that its
+`create_all` makes, and run this code on the newest schema.
 """
 
 import os

@@ -201,15 +201,21 @@ _TOO_LONG = f"Should have at most {MAX_LINE_BYTES} bytes"
 
 
 def _read_ndjson(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]:
+    blank: list[LineError] = []  # Blank lines are an error only if another line follows.
     for line in lines:
-        if len(line) > MAX_LINE_BYTES:
-            if not line.endswith(b"\n"):
-                lines.skip_rest_of_line()
-            yield [LineError(lines.number, None, "too_long", _TOO_LONG)]
-        elif not line.strip():
-            yield [LineError(lines.number, None, "blank", "Should not be blank")]
-        else:
+        if len(line) <= MAX_LINE_BYTES and not line.strip():
+            blank.append(LineError(lines.number, None, "blank", "Should not be blank"))
+            del blank[MAX_ERRORS:]
+            continue
+        if blank:
+            yield blank
+            blank = []
+        if len(line) <= MAX_LINE_BYTES:
             yield reader.from_json(lines.number, line)
+            continue
+        if not line.endswith(b"\n"):
+            lines.skip_rest_of_line()
+        yield [LineError(lines.number, None, "too_long", _TOO_LONG)]
 
 
 def _read_csv(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]:

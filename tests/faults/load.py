@@ -1,4 +1,4 @@
-"""A load of plain HTTP/1.1 that counts what was lost."""
+"""A load generator for plain HTTP/1.1 that counts lost requests."""
 
 import asyncio
 import random
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Load:
-    """Clients that send on what they believe to be an open connection, and never try again."""
+    """Clients that reuse connections while they seem open and never retry a request."""
 
     port: int
-    # What each client sends, in turns: method, path, body.
+    # Each client picks at random from these: method, path, body.
     requests: Sequence[tuple[str, str, str]] = (("GET", "/heroes/", ""),)
     keep_alive_clients: int = 16
     fresh_clients: int = 4
     answered: int = 0
     slowest: float = 0
-    # Requests without their answer; of these the ones on connections that had carried others.
+    # Errors of requests without a response, and those of them on a reused connection.
     lost: list[str] = field(default_factory=list)
     lost_in_use: list[str] = field(default_factory=list)
     _stop: bool = False
@@ -28,7 +28,7 @@ class Load:
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: str
     ) -> bool:
-        """One request; says whether the connection may be used again."""
+        """Send one request; return whether the connection may be used again."""
         method, path, body = random.choice(self.requests)
         writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: heroes\r\nConnection: {connection}\r\n"
@@ -70,7 +70,7 @@ class Load:
 
     @contextmanager
     def running(self) -> Iterator["Load"]:
-        """Runs the clients beside the block."""
+        """Run the clients while the block runs."""
         thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
         thread.start()
         try:

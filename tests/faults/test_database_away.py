@@ -1,4 +1,4 @@
-"""A database that is away is no reason to end, to hang or to answer anything but 503."""
+"""While the database is down, the service runs on and responds with 503 in time."""
 
 import os
 import signal
@@ -29,18 +29,18 @@ EVERY_OPERATION: list[tuple[str, str, dict[str, Any] | None]] = [
 def assert_unavailable(client: httpx2.Client, detail: str = "database") -> None:
     for method, path, members in EVERY_OPERATION:
         start = time.monotonic()
-        answer = client.request(method, path, json=members)
-        assert answer.status_code == 503, (method, path, answer.text)
-        assert answer.headers["retry-after"] == "1"
-        assert detail in answer.json()["detail"]
+        response = client.request(method, path, json=members)
+        assert response.status_code == 503, (method, path, response.text)
+        assert response.headers["retry-after"] == "1"
+        assert detail in response.json()["detail"]
         assert time.monotonic() - start < 6
     assert client.get("/health/live").status_code == 200
 
 
-def test_a_database_that_comes_back_is_used_again_within_a_second(
+def test_the_service_uses_a_database_within_a_second_after_it_is_up_again(
     own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
-    """Away at the start, then there, then gone under load, then back."""
+    """The database is down at the start, then up, then down after use, then up again."""
     migrate(own_postgres.url, "upgrade", "head")
     own_postgres.stop()
     with serve(settings(own_postgres.url)) as service, service.client() as client:
@@ -49,7 +49,7 @@ def test_a_database_that_comes_back_is_used_again_within_a_second(
         own_postgres.start()
         assert_ready_within_a_second(client)
         hero = client.post("/heroes/", json=DEADPOND).json()
-        # Every connection of the pool is opened, so that every one of them is lost.
+        # Open every connection of the pool, so that the pool loses all of them.
         occupy_the_pool(client)
 
         own_postgres.stop()
@@ -60,7 +60,7 @@ def test_a_database_that_comes_back_is_used_again_within_a_second(
         assert client.get(f"/heroes/{hero['id']}").json() == hero
 
 
-def test_connections_that_the_server_closed_while_idle_fail_no_request(
+def test_no_request_fails_after_the_server_closed_idle_connections(
     own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
     migrate(own_postgres.url, "upgrade", "head")
@@ -98,10 +98,10 @@ def assert_ready_within_a_second(client: httpx2.Client) -> None:
         assert client.get("/heroes/").status_code == 200
 
 
-def test_a_server_that_does_not_answer_is_503_in_time(
+def test_a_request_to_a_hanging_database_server_is_503_in_time(
     own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
-    """Stopped, not ended: its sockets take everything and say nothing."""
+    """A suspended server accepts data on its sockets and never replies."""
     migrate(own_postgres.url, "upgrade", "head")
     with (
         serve(settings(own_postgres.url, database_timeout=1)) as service,
@@ -130,7 +130,7 @@ def test_a_server_that_does_not_answer_is_503_in_time(
         assert_ready_within_a_second(client)
 
 
-def test_an_empty_database_is_503_that_says_to_run_the_migrations(
+def test_an_empty_database_is_503_with_a_hint_to_run_the_migrations(
     empty_database: URL, migrate: Migrators
 ) -> None:
     with serve(settings(empty_database)) as service, service.client() as client:
@@ -139,7 +139,7 @@ def test_an_empty_database_is_503_that_says_to_run_the_migrations(
         assert_ready_within_a_second(client)
 
 
-def test_a_schema_behind_the_code_is_not_ready_and_one_ahead_is(
+def test_the_service_is_not_ready_on_an_older_schema_but_ready_on_a_newer_one(
     database_url: URL, database: Engine
 ) -> None:
     with serve(settings(database_url)) as service, service.client() as client:
@@ -147,9 +147,9 @@ def test_a_schema_behind_the_code_is_not_ready_and_one_ahead_is(
 
         with database.connect() as connection:
             connection.execute(text("DELETE FROM alembic_version"))
-        answer = client.get("/health/ready")
-        assert answer.status_code == 503
-        assert "alembic upgrade head" in answer.json()["detail"]
+        response = client.get("/health/ready")
+        assert response.status_code == 503
+        assert "alembic upgrade head" in response.json()["detail"]
 
         with database.connect() as connection:
             connection.execute(text("INSERT INTO alembic_version VALUES ('of a newer release')"))
@@ -167,7 +167,7 @@ def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path, migrate: Mig
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-def test_a_read_only_server_refuses_writes_with_503_and_reads_on(
+def test_on_a_read_only_server_writes_are_503_and_reads_succeed(
     database_url: URL, database: Engine
 ) -> None:
     with database.connect() as connection:

@@ -1,4 +1,4 @@
-"""Migrations on a live database: many migrators, killed ones, held locks, running traffic."""
+"""Migrations on a live database: concurrent and killed migrators, held locks, traffic."""
 
 import os
 import subprocess
@@ -29,10 +29,10 @@ MIGRATORS = 8
 
 
 @pytest.fixture
-def beside(empty_database: URL) -> Iterator[Engine]:
-    beside = engine(empty_database)
-    yield beside
-    beside.dispose()
+def outside(empty_database: URL) -> Iterator[Engine]:
+    outside = engine(empty_database)
+    yield outside
+    outside.dispose()
 
 
 def fill(database: Engine, count: int) -> None:
@@ -53,7 +53,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def test_of_many_migrators_at_once_all_succeed(
+def test_concurrent_migrators_all_succeed(
     backend: str,
     postgres: Postgres,
     migrate: Migrators,
@@ -76,22 +76,24 @@ def test_of_many_migrators_at_once_all_succeed(
         assert schema_of(url) == expected
         if backend == "postgresql":
             postgres.drop(name)
-    figures.append(f"{backend}: {ROUNDS} rounds of {MIGRATORS} migrators at once, all exit 0")
+    figures.append(
+        f"{backend}: {ROUNDS} rounds of {MIGRATORS} concurrent migrators, all exit with 0"
+    )
 
 
 @pytest.mark.parametrize(
     ("backend", "revision"),
-    # On SQLite the whole upgrade is one transaction, which is long enough in 0006 alone.
+    # On SQLite the whole upgrade is one transaction. Only 0006 takes long enough to be killed.
     [("sqlite", "0006"), *(("postgresql", revision) for revision in REVISIONS)],
     indirect=["backend"],
 )
-def test_after_a_migrator_that_was_killed_the_next_succeeds(
-    empty_database: URL, beside: Engine, migrate: Migrators, database_url: URL, revision: str
+def test_the_upgrade_succeeds_after_a_migrator_was_killed(
+    empty_database: URL, outside: Engine, migrate: Migrators, database_url: URL, revision: str
 ) -> None:
     on_postgresql = empty_database.get_backend_name() == "postgresql"
     tutorials_database(empty_database)
-    fill(beside, 5000 if on_postgresql else 500_000)
-    kept = rows(beside)
+    fill(outside, 5000 if on_postgresql else 500_000)
+    kept = rows(outside)
     process = alembic(empty_database, "upgrade", "head")
     assert process.stdout
     for line in process.stdout:
@@ -102,26 +104,26 @@ def test_after_a_migrator_that_was_killed_the_next_succeeds(
     assert process.returncode == -9, f"not killed: {line}"
 
     migrate(empty_database, "upgrade", "head")
-    assert rows(beside) == kept
+    assert rows(outside) == kept
     if on_postgresql:
         assert schema_of(empty_database) == schema_of(database_url)
 
 
 @postgresql_only
-def test_an_index_whose_build_was_cut_short_is_built_anew(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_an_index_with_an_interrupted_build_is_rebuilt(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
     migrate(empty_database, "upgrade", "0006")
-    fill(beside, 100)
+    fill(outside, 100)
     valid = text(
         "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('ix_hero_name_id')"
     )
 
     def build() -> None:
-        with beside.connect() as connection, pytest.raises(DBAPIError):
+        with outside.connect() as connection, pytest.raises(DBAPIError):
             connection.execute(text("CREATE INDEX CONCURRENTLY ix_hero_name_id ON hero (name, id)"))
 
-    with beside.connect() as older, beside.connect() as connection:
+    with outside.connect() as older, outside.connect() as connection:
         older.execute(text("BEGIN"))
         older.execute(text("UPDATE hero SET age = 1 WHERE id = 1"))
         building = threading.Thread(target=build)
@@ -134,23 +136,25 @@ def test_an_index_whose_build_was_cut_short_is_built_anew(
         wait_for(lambda: connection.execute(terminate).first())
         building.join()
         older.execute(text("ROLLBACK"))
-        assert connection.scalar(valid) is False, "the control: such an index is left"
+        assert connection.scalar(valid) is False, (
+            "control: the interrupted build leaves an invalid index"
+        )
 
         upgraded = migrate(empty_database, "upgrade", "head")
         assert "ix_hero_name_id is invalid, its build was interrupted" in upgraded.output
         assert connection.scalar(valid) is True
-        everyone = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
-        assert connection.scalar(everyone) == 0
+        invalid = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
+        assert connection.scalar(invalid) == 0
 
 
 @contextmanager
-def reading(beside: Engine) -> Iterator[list[float]]:
-    """Reads beside the block, one after the other; the seconds that each took."""
+def reading(outside: Engine) -> Iterator[list[float]]:
+    """Read in a loop while the block runs; yield the seconds of each read."""
     took: list[float] = []
     stop = threading.Event()
 
     def read() -> None:
-        with beside.connect() as connection:
+        with outside.connect() as connection:
             while not stop.is_set():
                 start = time.monotonic()
                 connection.execute(text("SELECT secret_name FROM hero LIMIT 1")).all()
@@ -167,9 +171,9 @@ def reading(beside: Engine) -> Iterator[list[float]]:
 
 
 @contextmanager
-def transaction_of(beside: Engine, seconds: float) -> Iterator[None]:
-    """A transaction that has read the table, and stays open for so long."""
-    with beside.connect() as holder:
+def transaction_of(outside: Engine, seconds: float) -> Iterator[None]:
+    """Hold a transaction that has read the table open for some seconds."""
+    with outside.connect() as holder:
         holder.execute(text("BEGIN"))
         holder.execute(text("SELECT secret_name FROM hero LIMIT 1")).all()
         end = threading.Timer(seconds, lambda: holder.execute(text("ROLLBACK")))
@@ -179,18 +183,18 @@ def transaction_of(beside: Engine, seconds: float) -> Iterator[None]:
 
 
 @postgresql_only
-def test_while_a_transaction_holds_the_table_reads_do_not_wait_and_the_upgrade_succeeds(
-    empty_database: URL, beside: Engine, migrate: Migrators, figures: list[str]
+def test_the_upgrade_does_not_block_reads_while_a_transaction_holds_the_table(
+    empty_database: URL, outside: Engine, migrate: Migrators, figures: list[str]
 ) -> None:
     migrate(empty_database, "upgrade", "0001")
-    fill(beside, 1000)
-    with reading(beside) as took, transaction_of(beside, 8):
+    fill(outside, 1000)
+    with reading(outside) as took, transaction_of(outside, 8):
         start = time.monotonic()
         upgraded = migrate(empty_database, "upgrade", "head")
         waited = time.monotonic() - start
     figures.append(
         f"upgrade while a transaction held the table for 8 s: {waited:.1f} s,"
-        f" the slowest of {len(took)} reads {max(took):.2f} s"
+        f" the slowest of {len(took)} reads took {max(took):.2f} s"
     )
     assert "The table is in use: trying again in" in upgraded.output
     assert waited > 7
@@ -198,16 +202,16 @@ def test_while_a_transaction_holds_the_table_reads_do_not_wait_and_the_upgrade_s
 
 
 @postgresql_only
-def test_without_the_lock_timeout_reads_do_wait(
-    empty_database: URL, beside: Engine, migrate: Migrators
+def test_an_upgrade_without_the_lock_timeout_blocks_reads(
+    empty_database: URL, outside: Engine, migrate: Migrators
 ) -> None:
-    """The control of the test above."""
+    """The control for the previous test."""
     migrate(empty_database, "upgrade", "0001")
-    fill(beside, 1000)
+    fill(outside, 1000)
     with (
-        reading(beside) as took,
-        transaction_of(beside, 2),
-        beside.connect() as connection,
+        reading(outside) as took,
+        transaction_of(outside, 2),
+        outside.connect() as connection,
     ):
         connection.execute(text("ALTER TABLE hero ADD COLUMN power text"))
     assert max(took) > 1
@@ -215,7 +219,7 @@ def test_without_the_lock_timeout_reads_do_wait(
 
 @contextmanager
 def tutorial(url: URL) -> Iterator[int]:
-    """The tutorial's own code, served; its port."""
+    """Serve the tutorial's own code; yield its port."""
     server = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "tests.tutorial:app", "--port", "0", "--no-access-log"],
         cwd=ROOT,
@@ -244,22 +248,22 @@ REQUESTS = [
     ("PATCH", "/heroes/8", '{"name": "Rusty-Man", "age": null}'),
 ]
 
-# The releases whose code must go on working while and after the schema is brought to the newest.
-# When a release is made, its code is added here: served from a worktree of its tag, from the
+# Earlier releases. Their code must work during the upgrade to the newest schema and after it.
+# Add each new release here: serve it from a worktree of its tag, and start the upgrade from the
 # revision that was its head.
 RELEASES = {"the tutorial": (tutorial, None)}
 
 
 @postgresql_only
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_whole_upgrade_under_load_fails_no_request_of_an_earlier_release(
-    empty_database: URL, beside: Engine, migrate: Migrators, release: str, figures: list[str]
+def test_no_request_of_an_earlier_release_fails_during_the_upgrade(
+    empty_database: URL, outside: Engine, migrate: Migrators, release: str, figures: list[str]
 ) -> None:
     served, revision = RELEASES[release]
     if revision:
         migrate(empty_database, "upgrade", revision)
     with served(empty_database) as port:
-        fill(beside, 50_000)
+        fill(outside, 50_000)
         with Load(port, REQUESTS, keep_alive_clients=6, fresh_clients=2).running() as load:
             time.sleep(1)
             before = load.answered
@@ -268,32 +272,34 @@ def test_the_whole_upgrade_under_load_fails_no_request_of_an_earlier_release(
             time.sleep(2)  # On the newest schema.
     figures.append(
         f"upgrade of 50,000 rows under the load of {release}: {len(load.lost)} of"
-        f" {load.answered + len(load.lost)} requests failed ({during} meanwhile),"
+        f" {load.answered + len(load.lost)} requests failed ({during} during the upgrade),"
         f" the slowest took {load.slowest:.2f} s"
     )
     assert load.lost == []
     assert during > 50
-    with beside.connect() as connection:
+    with outside.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM hero")).scalar_one() > 50_000
 
 
 @postgresql_only
-def test_a_change_that_an_earlier_release_does_not_bear_fails_its_requests(
-    empty_database: URL, beside: Engine
+def test_an_incompatible_schema_change_fails_requests_of_an_earlier_release(
+    empty_database: URL, outside: Engine
 ) -> None:
-    """The control of the test above."""
+    """The control for the previous test."""
     with tutorial(empty_database) as port:
-        fill(beside, 100)
+        fill(outside, 100)
         load = Load(port, REQUESTS, keep_alive_clients=4, fresh_clients=1)
-        with load.running(), beside.connect() as connection:
+        with load.running(), outside.connect() as connection:
             wait_for(lambda: load.answered > 20)
             connection.execute(text("ALTER TABLE hero RENAME COLUMN secret_name TO alias"))
             wait_for(lambda: load.lost)
 
 
 @postgresql_only
-def test_a_migrator_waits_for_another_and_says_so(empty_database: URL, beside: Engine) -> None:
-    with beside.connect() as other:
+def test_a_migrator_that_waits_for_another_one_logs_it(
+    empty_database: URL, outside: Engine
+) -> None:
+    with outside.connect() as other:
         other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
         process = alembic(empty_database, "upgrade", "head")
         assert process.stdout
@@ -304,13 +310,13 @@ def test_a_migrator_waits_for_another_and_says_so(empty_database: URL, beside: E
 
 
 @postgresql_only
-def test_the_wait_for_another_migrator_and_for_a_lock_end(
-    empty_database: URL, beside: Engine, monkeypatch: pytest.MonkeyPatch
+def test_waits_for_another_migrator_and_for_a_lock_time_out(
+    empty_database: URL, outside: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "LOCK_WAIT_SECONDS", 1)
     monkeypatch.setattr(migrations, "OTHER_MIGRATOR_WAIT_SECONDS", 1)
     migrating = migrations.engine(empty_database)
-    with beside.connect() as other:
+    with outside.connect() as other:
         other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
         with (
             pytest.raises(CommandError, match="Another migrator has been running"),
@@ -329,23 +335,23 @@ def test_the_wait_for_another_migrator_and_for_a_lock_end(
             migrations.retry_on_lock_timeout(change)
 
 
-def test_a_failed_upgrade_of_sqlite_leaves_nothing_and_can_be_repeated(
+def test_a_failed_upgrade_on_sqlite_is_rolled_back_and_can_be_repeated(
     tmp_path: Path, migrate: Migrators
 ) -> None:
-    """The batch's temporary table is there when the copy fails, and must go with it."""
+    """The rollback also removes the temporary table of Alembic's batch mode."""
     url = make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
     migrate(url, "upgrade", "0005")
-    beside = engine(url)
+    outside = engine(url)
     before = schema_of(url)
-    with beside.connect() as connection:
-        # A second index of the name that 0007 makes lets that one fail, after 0006 made its table.
+    with outside.connect() as connection:
+        # 0007 fails because its index name is taken, after 0006 has copied the table.
         connection.execute(text("CREATE TABLE other (id int)"))
         connection.execute(text("CREATE VIEW ix_hero_age_id AS SELECT 1"))
     failed = migrate(url, "upgrade", "head", check=False)
     assert failed.returncode != 0
-    with beside.connect() as connection:
+    with outside.connect() as connection:
         connection.execute(text("DROP VIEW ix_hero_age_id"))
         connection.execute(text("DROP TABLE other"))
     assert schema_of(url) == before
     migrate(url, "upgrade", "head")
-    beside.dispose()
+    outside.dispose()

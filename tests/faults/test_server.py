@@ -1,4 +1,4 @@
-"""The production server: it stops, rolls and loses workers without losing a request."""
+"""The production server: stops, rolling restarts and killed workers lose no request."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn, serve, se
 
 JSON = "application/json"
 HERO = b'{"name": "Deadpond", "secret_name": "Dive Wilson"}'
-ROLLS = 5
+ROLLING_RESTARTS = 5
 HEAD_REVISION = Revisions.of_the_code().head
 
 
@@ -43,7 +43,7 @@ def server(database_url: URL, tmp_path: Path) -> Iterator[Gunicorn]:
 def standing_server(
     postgres: Postgres, templates: dict[str, URL], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gunicorn]:
-    """One for all tests that leave it as it was."""
+    """One server for all tests that do not change it."""
     name = f"heroes_server_{uuid.uuid4().hex}"
     url = postgres.create(name, str(templates["postgresql"].database))
     with gunicorn(url, tmp_path_factory.mktemp("server")) as server:
@@ -51,17 +51,17 @@ def standing_server(
     postgres.drop(name)
 
 
-def sent(port: int, data: bytes) -> bytes:
-    """What is answered to these bytes until the connection is closed."""
+def send_raw(port: int, data: bytes) -> bytes:
+    """Send the bytes; return the response up to the end of the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
-        answer = b""
+        response = b""
         try:
             plain.sendall(data)
             while chunk := plain.recv(65536):
-                answer += chunk
+                response += chunk
         except OSError:
             pass
-        return answer
+        return response
 
 
 def metrics(server: Gunicorn) -> dict[tuple[str, ...], float]:
@@ -73,13 +73,13 @@ def metrics(server: Gunicorn) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_rolls_under_load_lose_no_request(server: Gunicorn, figures: list[str]) -> None:
+def test_rolling_restarts_under_load_lose_no_request(server: Gunicorn, figures: list[str]) -> None:
     with Load(server.port).running() as load:
-        for _ in range(ROLLS):
+        for _ in range(ROLLING_RESTARTS):
             server.roll()
     total = load.answered + len(load.lost)
     figures.append(
-        f"{ROLLS} rolls, draining: {len(load.lost)} of {total} requests lost,"
+        f"{ROLLING_RESTARTS} rolling restarts, draining: {len(load.lost)} of {total} requests lost,"
         f" the slowest took {load.slowest:.2f} s"
     )
     assert load.answered > 1000
@@ -87,31 +87,33 @@ def test_rolls_under_load_lose_no_request(server: Gunicorn, figures: list[str]) 
     assert load.slowest < 5
 
 
-def test_the_stock_worker_loses_requests_in_such_rolls(
+def test_the_stock_worker_loses_requests_in_rolling_restarts(
     database_url: URL, tmp_path: Path, figures: list[str]
 ) -> None:
-    """The control: the load above does notice a lost request."""
+    """The control for the previous test: the load does detect lost requests."""
     stock = ("--worker-class", "uvicorn_worker.UvicornWorker")
     with gunicorn(database_url, tmp_path, *stock) as server:
         with Load(server.port).running() as load:
-            for _ in range(2):  # Enough: it loses some in each.
+            for _ in range(2):  # Two are enough: each loses some requests.
                 server.roll()
         total = load.answered + len(load.lost)
-        figures.append(f"2 rolls, stock worker: {len(load.lost)} of {total} requests lost")
+        figures.append(
+            f"2 rolling restarts, stock worker: {len(load.lost)} of {total} requests lost"
+        )
         assert load.answered > 1000
         assert load.lost != []
 
 
-def test_term_finishes_the_requests_in_flight_and_says_close(
+def test_sigterm_completes_requests_in_flight_with_connection_close(
     server: Gunicorn, database: Engine
 ) -> None:
-    answers: list[tuple[int, str | None]] = []
+    responses: list[tuple[int, str | None]] = []
 
     def read() -> None:
         with Connection(server.port) as connection:
-            # Not batched: each request waits for the lock in a session of its own.
-            answer = connection.send("GET", "/heroes/")
-            answers.append((answer.status, answer.headers["Connection"]))
+            # Lists are not batched: each request waits for the lock in its own session.
+            response = connection.send("GET", "/heroes/")
+            responses.append((response.status, response.headers["Connection"]))
 
     threads = [threading.Thread(target=read) for _ in range(8)]
     with database.connect() as holder:
@@ -123,33 +125,35 @@ def test_term_finishes_the_requests_in_flight_and_says_close(
             "SELECT count(*) FROM pg_stat_activity"
             " WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
-        with database.connect() as beside:
-            server.wait_for(lambda: beside.execute(waiting).scalar_one() == len(threads))
+        with database.connect() as outside:
+            server.wait_for(lambda: outside.execute(waiting).scalar_one() == len(threads))
         os.kill(server.pid, signal.SIGTERM)
         server.wait_for(lambda: sum("Draining" in line for line in server.lines) == 2)
         holder.execute(text("ROLLBACK"))
     for thread in threads:
         thread.join(20)
-    # Without the header a client would send its next request to a connection about to be closed.
-    assert answers == [(200, "close")] * len(threads)
+    # Without the header a client sends its next request on a connection that is about to close.
+    assert responses == [(200, "close")] * len(threads)
 
 
-def test_a_draining_worker_is_not_ready_and_says_close(database_url: URL, tmp_path: Path) -> None:
+def test_a_draining_worker_is_not_ready_and_sends_connection_close(
+    database_url: URL, tmp_path: Path
+) -> None:
     with gunicorn(database_url, tmp_path, WEB_CONCURRENCY="1") as server:
         connection = Connection(server.port)
         assert connection.send("GET", "/health/ready").status == 200
         os.kill(server.pid, signal.SIGTERM)
         server.wait_for(lambda: any("Draining" in line for line in server.lines))
-        answer = connection.send("GET", "/health/ready")
-        assert answer.status == 503
-        assert answer.json == {"detail": "This worker is stopping"}
-        assert answer.headers["Connection"] == "close"
+        response = connection.send("GET", "/health/ready")
+        assert response.status == 503
+        assert response.json == {"detail": "This worker is stopping"}
+        assert response.headers["Connection"] == "close"
         with pytest.raises(ConnectionRefusedError):
             Connection(server.port)
         connection.close()
 
 
-def test_a_killed_worker_is_replaced_and_its_gauges_go(server: Gunicorn) -> None:
+def test_a_killed_worker_is_replaced_and_its_gauges_are_removed(server: Gunicorn) -> None:
     master = server.pid
     for worker in server.children:
         os.kill(worker, signal.SIGKILL)
@@ -159,7 +163,9 @@ def test_a_killed_worker_is_replaced_and_its_gauges_go(server: Gunicorn) -> None
     assert metrics(server)["http_server_active_requests",] == 1
 
 
-def test_broken_new_code_leaves_the_old_serving(database_url: URL, tmp_path: Path) -> None:
+def test_the_old_code_serves_on_if_the_new_code_is_broken(
+    database_url: URL, tmp_path: Path
+) -> None:
     project = tmp_path / "project"
     project.mkdir()
     for part in ("app", "alembic", "alembic.ini", "gunicorn.conf.py"):
@@ -173,15 +179,17 @@ def test_broken_new_code_leaves_the_old_serving(database_url: URL, tmp_path: Pat
             main.write_text(sound + "\nraise RuntimeError('broken release')\n")
             os.kill(master, signal.SIGUSR2)
             server.wait_for(lambda: "Worker failed to boot" in server._log.read_text())
-            server.wait_for(lambda: len(server.children) == 2)  # The new master has been reaped.
+            server.wait_for(
+                lambda: len(server.children) == 2
+            )  # The old master has reaped the new one.
             assert server.pid == master
             main.write_text(sound)
             server.roll()
         assert load.lost == []
 
 
-def test_slow_connections_are_closed_while_others_are_served(standing_server: Gunicorn) -> None:
-    """Silent from the start, and a byte each half second in the head and in the body."""
+def test_slow_connections_are_closed_and_other_requests_succeed(standing_server: Gunicorn) -> None:
+    """Some clients send nothing; some send a byte every half second, in head or body."""
     head = b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Length: 60000\r\n"
     begun = [b"", head, head + b"\r\n"]
     start = time.monotonic()
@@ -203,13 +211,13 @@ def test_slow_connections_are_closed_while_others_are_served(standing_server: Gu
     for plain in slow:
         plain.close()
     assert len(slow) == 0, "not closed in 12 s"
-    assert early == 0, "closed in less than the 10 s that they have"
+    assert early == 0, "closed before their 10 s were over"
     assert load.lost == []
     assert load.answered > 200
 
 
 def was_closed(plain: socket.socket, more: bytes) -> bool:
-    """Sends `more`; says whether the server has closed the connection."""
+    """Send `more`; return whether the server has closed the connection."""
     try:
         plain.send(more)
         return plain.recv(1024) == b""
@@ -219,7 +227,7 @@ def was_closed(plain: socket.socket, more: bytes) -> bool:
         return True
 
 
-def test_a_client_that_does_not_read_its_answers_is_closed(
+def test_a_client_that_reads_no_responses_is_disconnected(
     server: Gunicorn, database: Engine
 ) -> None:
     rows = "SELECT repeat('x', 200), 's' FROM generate_series(1, 100)"
@@ -232,17 +240,17 @@ def test_a_client_that_does_not_read_its_answers_is_closed(
             try:
                 plain.sendall(b"GET /heroes/ HTTP/1.1\r\nHost: heroes\r\n\r\n")
             except TimeoutError:
-                pass  # The server reads no more while its answers are not read.
+                pass  # The server stops reading while its responses are not read.
             except OSError:
                 closed = True
             time.sleep(0.005)
     assert closed
 
 
-def test_a_client_that_leaves_a_small_rest_unread_is_closed_too(
+def test_a_client_that_leaves_a_small_rest_unread_is_disconnected(
     database_url: URL, database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too little for the server to pause its writing, and too much for the kernel to take."""
+    """The rest is too small to pause the server's writing and too large for the kernel."""
     monkeypatch.setattr("app.server.protocol.CLIENT_TIMEOUT_SECONDS", 1)
     rows = "SELECT repeat('x', 200), 's' FROM generate_series(1, 100)"
     with database.connect() as connection:
@@ -262,13 +270,15 @@ def test_a_client_that_leaves_a_small_rest_unread_is_closed_too(
                 time.sleep(0.05)
 
 
-def test_empty_lines_after_an_answer_do_not_keep_a_connection(standing_server: Gunicorn) -> None:
+def test_empty_lines_after_a_response_do_not_keep_a_connection_open(
+    standing_server: Gunicorn,
+) -> None:
     start = time.monotonic()
-    assert sent(standing_server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
+    assert send_raw(standing_server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
     assert time.monotonic() - start < 8  # The keep-alive timeout is 5 s.
 
 
-def test_trailers_behind_a_body_are_bounded(standing_server: Gunicorn) -> None:
+def test_trailers_after_a_body_are_bounded(standing_server: Gunicorn) -> None:
     chunked = (
         b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
@@ -281,24 +291,24 @@ def test_trailers_behind_a_body_are_bounded(standing_server: Gunicorn) -> None:
                 taken += plain.send(b"b" * 50_000)
                 time.sleep(0.005)
     assert taken < 5_000_000
-    # A few are taken, and ignored.
-    answer = sent(standing_server.port, chunked + b"Connection: close\r\nA: b\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 422 ")
+    # A few trailers are accepted and ignored.
+    response = send_raw(standing_server.port, chunked + b"Connection: close\r\nA: b\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 422 ")
 
 
-def test_a_bad_request_behind_a_good_one_does_not_take_its_answer(
+def test_a_bad_request_does_not_replace_the_response_to_the_request_before_it(
     server: Gunicorn, database: Engine
 ) -> None:
     post = b"POST /heroes/ HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/json\r\n"
     good = post + b"Content-Length: %d\r\n\r\n" % len(HERO) + HERO
-    answer = sent(server.port, good + HEAD + b"A: b\r\n" * 101 + b"\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert b"431" not in answer.split(b"\r\n\r\n", 1)[1]
+    response = send_raw(server.port, good + HEAD + b"A: b\r\n" * 101 + b"\r\n")
+    assert response.startswith(b"HTTP/1.1 200 ")
+    assert b"431" not in response.split(b"\r\n\r\n", 1)[1]
     with database.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM hero")).scalar_one() == 1
 
 
-def test_metrics_in_a_folder_of_the_operators_outlive_a_roll(
+def test_metrics_in_a_configured_folder_survive_a_rolling_restart(
     database_url: URL, tmp_path: Path
 ) -> None:
     folder = tmp_path / "metrics"
@@ -327,30 +337,34 @@ HEAD = b"GET /health/live HTTP/1.1\r\nHost: heroes\r\n"
 def test_a_head_that_is_too_large_is_refused_with_431(
     standing_server: Gunicorn, head: bytes
 ) -> None:
-    # Once in one piece and once in two, which are refused in different places.
-    assert sent(standing_server.port, head + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    # The server refuses a head in one piece and a head in two pieces in different code.
+    assert send_raw(standing_server.port, head + b"\r\n").startswith(b"HTTP/1.1 431 ")
     with socket.create_connection(("127.0.0.1", standing_server.port), timeout=20) as plain:
         plain.sendall(head[:-10])
         time.sleep(0.2)
         plain.sendall(head[-10:] + b"\r\n")
-        answer = plain.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 431 ")
-    assert json.loads(answer.split(b"\r\n\r\n")[1]) == {"detail": "The request's head is too large"}
+        response = plain.recv(65536)
+    assert response.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(response.split(b"\r\n\r\n")[1]) == {
+        "detail": "The request's head is too large"
+    }
 
 
-def test_a_head_within_its_bounds_is_served(standing_server: Gunicorn) -> None:
+def test_a_head_within_the_limits_is_served(standing_server: Gunicorn) -> None:
     close = b"Connection: close\r\n\r\n"
     for fields in (b"A: b\r\n" * 98, b"A: " + b"b" * 31_000 + b"\r\n"):
-        assert sent(standing_server.port, HEAD + fields + close).startswith(b"HTTP/1.1 200 ")
+        assert send_raw(standing_server.port, HEAD + fields + close).startswith(b"HTTP/1.1 200 ")
 
 
-def test_what_is_not_http_is_refused_with_400(standing_server: Gunicorn) -> None:
-    answer = sent(standing_server.port, b"\x16\x03\x01 hello\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert json.loads(answer.split(b"\r\n\r\n")[1]) == {"detail": "Invalid HTTP request received."}
+def test_bytes_that_are_not_http_are_refused_with_400(standing_server: Gunicorn) -> None:
+    response = send_raw(standing_server.port, b"\x16\x03\x01 hello\r\n\r\n")
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(response.split(b"\r\n\r\n")[1]) == {
+        "detail": "Invalid HTTP request received."
+    }
 
 
-def test_a_head_of_20_mb_is_refused_with_memory_flat(standing_server: Gunicorn) -> None:
+def test_heads_of_20_mb_do_not_increase_memory(standing_server: Gunicorn) -> None:
     def resident() -> int:
         pages = [
             int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -358,22 +372,22 @@ def test_a_head_of_20_mb_is_refused_with_memory_flat(standing_server: Gunicorn) 
         ]
         return sum(pages) * 4096
 
-    sent(standing_server.port, HEAD + b"Connection: close\r\n\r\n")
+    send_raw(standing_server.port, HEAD + b"Connection: close\r\n\r\n")
     before = resident()
     for _ in range(5):
-        sent(standing_server.port, HEAD + b"A: " + b"b" * 20_000_000 + b"\r\n\r\n")
+        send_raw(standing_server.port, HEAD + b"A: " + b"b" * 20_000_000 + b"\r\n\r\n")
     assert resident() - before < 4_000_000
     assert standing_server.get("/heroes/").status == 200
 
 
-def test_metrics_are_of_all_workers_and_clients_cannot_make_them_grow(server: Gunicorn) -> None:
-    for number in range(40):  # Each on a connection of its own, so that both workers get some.
+def test_metrics_cover_all_workers_and_clients_cannot_add_series(server: Gunicorn) -> None:
+    for number in range(40):  # Each on a new connection, so that both workers get some.
         connection = Connection(server.port)
         assert connection.send("GET", f"/heroes/{number + 1000}").status == 404
         connection.send("GET", f"/villains/{number}")
         connection.send("POST", "/heroes/", b"[", Content_Type=JSON)
         connection.close()
-    for worker_of_many in range(5):
+    for attempt in range(5):
         counts = metrics(server)
         assert (
             counts[
@@ -383,7 +397,7 @@ def test_metrics_are_of_all_workers_and_clients_cannot_make_them_grow(server: Gu
                 "http_route=/heroes/{hero_id}",
             ]
             == 40
-        ), worker_of_many
+        ), attempt
     routes = {label for key in counts for label in key[1:] if label.startswith("http_route=")}
     assert {route.removeprefix("http_route=") for route in routes} == {
         *("/heroes/{hero_id}", "/heroes/", "/metrics", "none")
@@ -402,7 +416,7 @@ def test_database_errors_are_counted_by_sqlstate_class(server: Gunicorn, databas
     assert metrics(server)["database_errors_total", "sqlstate_class=42"] == 1
 
 
-def test_the_pool_gauges_show_connections_in_use_and_waiting(
+def test_the_pool_gauges_show_used_connections_and_waiting_requests(
     database_url: URL, tmp_path: Path, database: Engine
 ) -> None:
     with (
@@ -429,9 +443,9 @@ def test_the_pool_gauges_show_connections_in_use_and_waiting(
         server.wait_for(lambda: gauges() == [0, 0], 4)
 
 
-def test_every_line_of_the_log_is_json_in_one_format(server: Gunicorn) -> None:
+def test_every_log_line_is_json_with_the_same_fields(server: Gunicorn) -> None:
     server.get("/heroes/")
-    sent(server.port, b"\x16\x03\x01 hello\r\n\r\n")
+    send_raw(server.port, b"\x16\x03\x01 hello\r\n\r\n")
     server.roll()
     server.stop()
     loggers = set()
@@ -441,23 +455,23 @@ def test_every_line_of_the_log_is_json_in_one_format(server: Gunicorn) -> None:
     assert loggers >= {"gunicorn.error", "uvicorn.error", "app.server.worker", "heroes.access"}
 
 
-def test_systemd_is_told_which_master_is_the_service(database_url: URL, tmp_path: Path) -> None:
+def test_systemd_is_notified_of_the_current_master(database_url: URL, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(20)
 
-        def told() -> set[str]:
+        def notified() -> set[str]:
             return {systemd.recv(1024).decode().splitlines()[0] for _ in range(2)}
 
         with gunicorn(database_url, tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as server:
             first = server.pid
-            assert told() == {"READY=1", f"MAINPID={first}"}
+            assert notified() == {"READY=1", f"MAINPID={first}"}
             server.roll()
             assert server.pid != first
-            assert told() == {"READY=1", f"MAINPID={server.pid}"}
+            assert notified() == {"READY=1", f"MAINPID={server.pid}"}
 
 
-def test_the_connection_budget_is_logged_and_an_excess_is_warned_of(
+def test_the_connection_budget_is_logged_with_a_warning_if_it_is_exceeded(
     database_url: URL, tmp_path: Path
 ) -> None:
     with gunicorn(database_url, tmp_path, DATABASE_POOL_SIZE="200") as server:
@@ -467,11 +481,11 @@ def test_the_connection_budget_is_logged_and_an_excess_is_warned_of(
     assert budget[0]["message"] == "Connection budget: 2 workers x pool of 200 = 400"
 
 
-def test_a_master_without_its_database_starts_and_is_live(
+def test_the_server_starts_and_is_live_while_the_database_is_down(
     tmp_path: Path, database_url: URL
 ) -> None:
-    away = database_url.set(host="127.0.0.1", port=1, query={})
-    with gunicorn(away, tmp_path) as server:
+    unreachable = database_url.set(host="127.0.0.1", port=1, query={})
+    with gunicorn(unreachable, tmp_path) as server:
         connection = Connection(server.port)
         assert connection.send("GET", "/health/live").status == 200
         assert connection.send("GET", "/health/ready").status == 503
