@@ -25,7 +25,7 @@ from sqlmodel import Session
 from app import NAME
 from app.db.engine import sqlstate
 from app.db.revisions import Revisions
-from app.errors import ImportRefused, SchemaBehind
+from app.errors import ImportRefused, SchemaBehind, WrongDatabase
 from app.heroes import heroes, sample
 from app.settings import from_environment
 from app.transfer.copy import dump, load
@@ -127,6 +127,8 @@ def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
     except OSError as error:
         code = 1
         typer.echo(f"{NAME}: {file}: {error.strerror or error}", err=True)
+    except WrongDatabase as error:
+        typer.echo(f"{NAME}: the database cannot be used: {error}", err=True)
     except SchemaBehind as error:
         typer.echo(f"{NAME}: {_BEHIND}: {error}", err=True)
     except DBAPIError as error:
@@ -145,13 +147,16 @@ def _session() -> Iterator[Session]:
     settings = from_environment()
     postgresql = {
         "application_name": NAME,
+        "client_encoding": "utf8",
         "connect_timeout": math.ceil(settings.database_timeout),
     }
-    is_sqlite = settings.database_url.get_backend_name() == "sqlite"
+    url = settings.database_url
+    is_sqlite = url.get_backend_name() == "sqlite"
+    defaults = {"timeout": settings.database_timeout} if is_sqlite else postgresql
     engine = create_engine(
-        settings.database_url,
+        url,
         hide_parameters=True,
-        connect_args={"timeout": settings.database_timeout} if is_sqlite else postgresql,
+        connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     try:
         with Session(engine) as session:

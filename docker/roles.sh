@@ -1,14 +1,33 @@
 #!/bin/bash
-# Run once by the postgres image, as the superuser, when the data directory is new.
+# Create the roles and set their passwords. `docker compose up` runs this each time, before the
+# migrations.
 #
 # heroes_owner owns the schema, for migrations. heroes_app is the service: it may read and write
 # rows, and nothing else.
 set -euo pipefail
 
-psql --set ON_ERROR_STOP=1 --no-psqlrc --username "${POSTGRES_USER:-postgres}" --dbname "$POSTGRES_DB" \
-    --set owner_password="$OWNER_PASSWORD" --set app_password="$APP_PASSWORD" <<'SQL'
-CREATE ROLE heroes_owner LOGIN PASSWORD :'owner_password';
-CREATE ROLE heroes_app LOGIN PASSWORD :'app_password';
+for variable in POSTGRES_PASSWORD OWNER_PASSWORD APP_PASSWORD; do
+    if [[ ! ${!variable:-} =~ [^[:space:]] ]]; then
+        echo "$variable is empty; set it in .env, in single quotes, or remove its line for the default." >&2
+        exit 1
+    fi
+done
+
+# PostgreSQL trusts connections from its own container's network, so a new POSTGRES_PASSWORD works.
+psql --set ON_ERROR_STOP=1 --no-psqlrc --quiet --single-transaction \
+    --host 127.0.0.1 --username postgres --dbname heroes <<'SQL'
+SET client_min_messages = warning;
+-- \getenv, because arguments are visible in the list of processes.
+\getenv postgres_password POSTGRES_PASSWORD
+\getenv owner_password OWNER_PASSWORD
+\getenv app_password APP_PASSWORD
+
+SELECT format('CREATE ROLE %I LOGIN', name)
+FROM unnest(ARRAY['heroes_owner', 'heroes_app']) AS name
+WHERE name NOT IN (SELECT rolname FROM pg_roles) \gexec
+ALTER ROLE postgres PASSWORD :'postgres_password';
+ALTER ROLE heroes_owner PASSWORD :'owner_password';
+ALTER ROLE heroes_app PASSWORD :'app_password';
 
 REVOKE ALL ON DATABASE :DBNAME FROM PUBLIC;
 GRANT CONNECT ON DATABASE :DBNAME TO heroes_owner, heroes_app;
@@ -18,7 +37,7 @@ GRANT USAGE ON SCHEMA public TO heroes_app;
 
 SET ROLE heroes_owner;
 -- Alembic's own table, before the privileges below: the service reads its revision and never writes it.
-CREATE TABLE alembic_version (
+CREATE TABLE IF NOT EXISTS alembic_version (
     version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY
 );
 GRANT SELECT ON alembic_version TO heroes_app;

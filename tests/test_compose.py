@@ -1,18 +1,22 @@
 """`docker compose up`: the production form, built and run for real."""
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
 from app.db.revisions import Revisions
+from app.settings import Settings
 from tests.faults.load import Load
 from tests.servers import docker_answers
 from tests.service import ROOT
@@ -39,6 +43,14 @@ class Stack:
             "OWNER_PASSWORD": "o'w%n:e@r/ $x",
             "APP_PASSWORD": 'a"p%p:@/ \\x',
         }
+
+    def dotenv(self, content: str) -> None:
+        """Replace `.env`. Its lines apply where the environment does not have the variable."""
+        file = self.folder / "env"
+        file.write_text(content)
+        self.env["COMPOSE_ENV_FILES"] = str(file)
+        for name in ("POSTGRES_PASSWORD", "OWNER_PASSWORD", "APP_PASSWORD"):
+            self.env.pop(name, None)
 
     def run(self, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -68,6 +80,14 @@ class Stack:
         )
         return done.stdout.strip() or done.stderr.strip()
 
+    def config(self) -> dict[str, Any]:
+        """The services, as Compose reads them."""
+        config = json.loads(self.run("docker compose config --format json").stdout)
+        return dict(config["services"])
+
+    def down(self) -> None:
+        self.run("docker compose down --volumes --timeout 5", check=False)
+
     def client(self) -> httpx2.Client:
         return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
 
@@ -81,7 +101,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         assert up.returncode == 0, up.stderr + logs.stdout
         yield stack
     finally:
-        stack.run("docker compose down --volumes --timeout 5", check=False)
+        stack.down()
+
+
+@pytest.fixture
+def fresh(stack: Stack, tmp_path: Path) -> Iterator[Stack]:  # noqa: ARG001  (It builds the image.)
+    """A project without containers and data."""
+    fresh = Stack(tmp_path)
+    try:
+        yield fresh
+    finally:
+        fresh.down()
 
 
 def test_the_contract_holds_through_the_published_port(stack: Stack) -> None:
@@ -155,9 +185,12 @@ def test_the_services_role_may_read_and_write_rows(stack: Stack) -> None:
 def test_the_containers_can_do_no_more_than_they_must(stack: Stack) -> None:
     inspected = stack.run(
         "docker inspect --format '{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}"
-        " {{.HostConfig.SecurityOpt}} {{gt .HostConfig.Memory 0}}' $(docker compose ps -aq)"
+        " {{.HostConfig.SecurityOpt}} {{gt .HostConfig.Memory 0}} {{json .HostConfig.LogConfig}}'"
+        " $(docker compose ps -aq)"
     )
-    assert inspected.stdout.splitlines() == ["true [ALL] [no-new-privileges:true] true"] * 3
+    logs = '{"Type":"json-file","Config":{"max-file":"5","max-size":"10m"}}'
+    expected = f"true [ALL] [no-new-privileges:true] true {logs}"
+    assert inspected.stdout.splitlines() == [expected] * len(stack.config())
     user = "docker compose exec -T api python -c 'import os; print(os.getuid(), os.getgid())'"
     assert stack.run(user).stdout == "10001 10001\n"
     write = stack.run("docker compose exec -T api touch /srv/heroes/x", check=False)
@@ -233,3 +266,146 @@ def test_the_image_adds_little_to_its_base(stack: Stack, figures: list[str]) -> 
     added = (size("heroes") - size("python:3.14-slim")) / 1e6
     figures.append(f"image: {added:.0f} MB over its base")
     assert added < 150
+
+
+def test_every_setting_reaches_the_service(stack: Stack) -> None:
+    set_here = {"database_url", "migration_database_url", "telemetry"}
+    passed = {name.lower() for name in stack.config()["api"]["environment"]}
+    assert set(Settings.model_fields) - set_here - passed == set()
+
+
+def test_a_proxy_that_is_trusted_names_the_client(stack: Stack) -> None:
+    def logged_client() -> str:
+        stack.run("docker compose up -d --wait")
+        with stack.client() as client:
+            response = client.get("/heroes/", headers={"X-Forwarded-For": "192.0.2.1"})
+        lines = stack.run("docker compose logs --no-log-prefix api").stdout.splitlines()
+        line = next(each for each in lines if response.headers["X-Request-ID"] in each)
+        return str(json.loads(line)["client"])
+
+    assert logged_client() != "192.0.2.1"
+    stack.env["FORWARDED_ALLOW_IPS"] = "*"
+    assert logged_client() == "192.0.2.1"
+    del stack.env["FORWARDED_ALLOW_IPS"]
+
+
+def test_the_image_is_built_once(stack: Stack) -> None:
+    config = stack.config()
+    assert [name for name, service in config.items() if "build" in service] == ["migrate"]
+    assert config["migrate"]["image"] == config["api"]["image"]
+
+
+@pytest.mark.parametrize(("memory", "workers"), [("300m", 1), ("16g", None)])
+def test_the_default_number_of_workers_fits_the_containers_memory(
+    stack: Stack, memory: str, workers: int | None
+) -> None:
+    show = "import app.settings; print(app.settings.Settings().web_concurrency)"
+    shown = stack.run(f"docker run --rm --memory {memory} --cpus 2 heroes python -c '{show}'")
+    assert int(shown.stdout) == (workers or min(2, os.cpu_count() or 1))
+
+
+PASSWORDS = {
+    "in single quotes": ("'$ecret'", "$ecret"),
+    "doubled": ("$$ecret", "$ecret"),
+    "spaces": ("a b", "a b"),
+    "double quotes": ('"a b"', "a b"),
+    "quotes within": ("a'b\"c", "a'b\"c"),
+    "a number sign": ("'a #b'", "a #b"),
+    "a number sign in a word": ("a#b", "a#b"),
+}
+
+
+@pytest.mark.parametrize(("written", "password"), PASSWORDS.values(), ids=PASSWORDS)
+def test_a_password_in_dotenv_reaches_the_containers(
+    fresh: Stack, written: str, password: str
+) -> None:
+    fresh.dotenv(f"OWNER_PASSWORD={written}\nAPP_PASSWORD={written}\n")
+    config = fresh.config()
+    escaped = password.replace("$", "$$")
+    assert config["migrate"]["environment"]["PGPASSWORD"] == escaped
+    assert config["api"]["environment"]["PGPASSWORD"] == escaped
+    assert config["roles"]["environment"]["OWNER_PASSWORD"] == escaped
+    assert config["roles"]["environment"]["APP_PASSWORD"] == escaped
+
+
+@pytest.mark.parametrize("written", ["", "   ", "$ecret", '"$ecret"'])
+@pytest.mark.parametrize("variable", ["POSTGRES_PASSWORD", "OWNER_PASSWORD", "APP_PASSWORD"])
+def test_an_empty_password_is_refused_before_anything_starts(
+    fresh: Stack, variable: str, written: str
+) -> None:
+    fresh.dotenv(f"{variable}={written}\n")
+    up = fresh.run("docker compose up -d --wait", check=False)
+    assert up.returncode != 0
+    *warnings, error = up.stderr.splitlines()
+    assert all('The \\"ecret\\" variable is not set' in warning for warning in warnings)
+    assert f"{variable} is missing a value: it is empty. " in error
+    assert fresh.run("docker compose ps -aq", check=False).stdout == ""
+
+
+def test_a_new_password_takes_effect_with_the_next_up(fresh: Stack) -> None:
+    def responds(password: str) -> bool:
+        """Whether the role may log in from another container."""
+        query = "docker compose run --rm --no-deps -T --env PGPASSWORD --entrypoint psql roles"
+        command = f"{query} --host=db --username=heroes_app --dbname=heroes --command='SELECT 1'"
+        fresh.env["PGPASSWORD"] = password
+        return fresh.run(command, check=False).returncode == 0
+
+    fresh.dotenv("")
+    fresh.run("docker compose up -d --wait")
+    database = fresh.run("docker compose ps -q db").stdout
+    assert responds("app"), "unset: the default"
+
+    fresh.dotenv("OWNER_PASSWORD='o$wner'\nAPP_PASSWORD='$ecret'\n")
+    fresh.run("docker compose up -d --wait")
+    with fresh.client() as client:
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200
+    assert responds("$ecret")
+    assert not responds("app")
+    assert fresh.run("docker compose ps -q db").stdout == database
+
+
+# Lines of initdb and of the image, in this order.
+MOMENTS = {
+    "in the bootstrap": "running bootstrap script",
+    "after the bootstrap": "performing post-bootstrap initialization",
+    "after initdb": "waiting for server to start",
+    "when the temporary server stops": "waiting for server to shut down",
+}
+
+
+@pytest.mark.parametrize("line", MOMENTS.values(), ids=MOMENTS)
+def test_a_first_start_that_was_killed_succeeds_the_next_time(fresh: Stack, line: str) -> None:
+    fresh.run("docker compose create db")
+    database = fresh.run("docker compose ps -aq db").stdout.strip()
+    fresh.run("docker compose start db")
+    with subprocess.Popen(
+        ["docker", "logs", "--follow", database],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as logs:
+        assert logs.stdout
+        seen = b""
+        while line.encode() not in seen:
+            more = os.read(logs.stdout.fileno(), 4096)
+            assert more, seen.decode()
+            seen += more
+        fresh.run(f"docker kill {database}")
+
+    up = fresh.run("docker compose up -d --wait", check=False)
+    assert up.returncode == 0, up.stderr + fresh.run("docker compose logs --tail 50").stdout
+    with fresh.client() as client:
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200
+
+
+@pytest.mark.parametrize("service", ["roles", "migrate"])
+def test_an_up_that_was_interrupted_succeeds_the_next_time(fresh: Stack, service: str) -> None:
+    command = ["docker", "compose", "up", "-d", "--wait"]
+    with subprocess.Popen(command, env=fresh.env, stderr=subprocess.DEVNULL) as up:
+        find = f"docker compose ps -a --format '{{{{.State}}}}' {service}"
+        while fresh.run(find, check=False).stdout.strip() in ("", "created") and up.poll() is None:
+            time.sleep(0.05)
+        fresh.run(f"docker compose kill {service} db", check=False)
+        up.wait(timeout=60)
+    fresh.run("docker compose up -d --wait")
+    with fresh.client() as client:
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200

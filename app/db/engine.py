@@ -82,10 +82,17 @@ def sqlite_engine(url: URL, pool_size: int, timeout: float) -> Engine:
 
 
 def postgresql_engine(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
-    """Return an engine in autocommit. The server ends statements after `timeout` seconds."""
+    """Return an engine in autocommit. The server ends statements after `timeout` seconds.
+
+    With an empty `?options=` in the URL, the engine sends no `options`, because some poolers refuse
+    them. The server's timeouts then come from `ALTER ROLE ... SET statement_timeout` and
+    `idle_in_transaction_session_timeout`.
+    """
     milliseconds = math.ceil(timeout * 1000)
     defaults = {
         "application_name": NAME,
+        # Not the database's encoding: psycopg would return the texts of SQL_ASCII as bytes.
+        "client_encoding": "utf8",
         "connect_timeout": math.ceil(timeout),
         # Limits the time until the loss of a server is noticed.
         "tcp_user_timeout": milliseconds,
@@ -104,13 +111,20 @@ def postgresql_engine(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
         # A ROLLBACK drops all prepared statements, so there is none: autocommit needs no rollback.
         isolation_level="AUTOCOMMIT",
         skip_autocommit_rollback=True,
-        # Parameters in the URL override the defaults. PgBouncer, for example, refuses `options`.
+        # Parameters in the URL override the defaults. libpq does not send empty `options`.
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
     event.listen(engine.sync_engine, "handle_error", _disconnect_on_stale_plan)
     event.listen(engine.sync_engine, "handle_error", _count_error)
     return engine
+
+
+@event.listens_for(Engine, "do_connect")
+def _convert_prepare_threshold(_: object, __: object, ___: object, arguments: Any) -> None:
+    """Convert psycopg's own parameter, which a URL contains as text, for all engines."""
+    if isinstance(threshold := arguments.get("prepare_threshold"), str):
+        arguments["prepare_threshold"] = int(threshold) if threshold.isdecimal() else None
 
 
 def _refuse_closed_connection(connection: Any, *_: object) -> None:

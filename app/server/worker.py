@@ -91,11 +91,10 @@ def log_connection_budget(settings: Settings, workers: int) -> None:
     )
     if settings.database_url.get_backend_name() != "postgresql":
         return
-    url = settings.database_url.set(drivername="postgresql")
+    url = settings.database_url.difference_update_query(["prepare_threshold"])
+    _, arguments = url.get_dialect()().create_connect_args(url)
     try:
-        with psycopg.connect(
-            url.render_as_string(hide_password=False), connect_timeout=2
-        ) as connection:
+        with psycopg.connect(**{**arguments, "connect_timeout": 2}) as connection:
             allowed = _allowed_connections(connection)
     except psycopg.Error as error:
         logger.warning("Could not read the server's max_connections: %s", type(error).__name__)
