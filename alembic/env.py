@@ -12,7 +12,8 @@ from sqlmodel import SQLModel
 
 # The imports of models and idempotency fill SQLModel.metadata.
 from app import models  # noqa: F401
-from app.db import idempotency, migrations  # noqa: F401
+from app.db import idempotency, migrations, revisions  # noqa: F401
+from app.errors import WrongDatabase
 from app.settings import from_environment
 from app.telemetry import logs
 
@@ -33,7 +34,13 @@ def number(_: Any, __: Any, scripts: Any) -> None:
         scripts[0].rev_id = f"{last + 1:04}"
 
 
+def is_ours(name: str | None, kind: str, _: Any) -> bool:
+    """Return whether a table of the database belongs to the models."""
+    return kind != "table" or name in SQLModel.metadata.tables
+
+
 options: dict[str, Any] = {
+    "include_name": is_ours,
     "process_revision_directives": number,
     "target_metadata": SQLModel.metadata,
     # SQLite changes a table by rebuilding it, which is safe in a transaction.
@@ -76,6 +83,8 @@ def run_online() -> None:
                 if not is_newer():
                     context.run_migrations()
 
+    with engine.connect() as connection:
+        revisions.check_database(connection)
     with migrations.only_migrator(engine):
         migrations.retry_on_lock_timeout(run)
 
@@ -108,3 +117,5 @@ try:
 except DBAPIError as error:
     # One line instead of a traceback, because the code is not the cause.
     raise CommandError(str(error.orig).splitlines()[0]) from error
+except WrongDatabase as error:
+    raise CommandError(f"The database cannot be used: {error}") from error

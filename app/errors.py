@@ -54,3 +54,7 @@ class DatabaseTimeout(Exception):
 
 class SchemaBehind(Exception):
     """The database's schema is older than the code: migrations have not been run."""
+
+
+class WrongDatabase(Exception):
+    """The database has a property that the service cannot work with. The message names it."""

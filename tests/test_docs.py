@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL
 
+from app.api.exception_handlers import SQLSTATES
 from app.db import migrations
 from app.settings import Settings
 from app.telemetry import metrics
@@ -127,3 +128,14 @@ def test_the_metrics_on_the_page_are_those_of_the_service() -> None:
     foreign = re.compile("process_.*|python_.*|.*_created")
     own = [each for each in exposed if not foreign.fullmatch(each.name)]
     assert named == {each.name + suffixes.get(each.type, "") for each in own}
+
+
+def test_the_table_of_database_errors_is_that_of_the_code() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text().partition("## Database errors")[2]
+    rows = re.findall(r"^\| (\d{3}) \| (.*?) \|", page, re.MULTILINE)
+    documented = {
+        state: int(status) for status, row in rows for state in re.findall(r"`(\w+)`", row)
+    }
+    assert documented == {
+        state: response.status for state, response in SQLSTATES.items() if state is not None
+    }

@@ -14,7 +14,7 @@ from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.api.middleware import MAX_IMPORT_BYTES
+from app.api.middleware import MAX_IMPORT_BYTES, MAX_SPOOL_BYTES
 from app.api.parameters import check_single
 from app.db.crud import Crud, Rows
 from app.db.database import Database
@@ -34,7 +34,6 @@ _FORMATS: dict[str, Format] = {
 }
 # The time to write the rows of an import, after the service has received all of them.
 IMPORT_TIMEOUT_SECONDS = 300
-_MAX_SPOOL_BYTES = 1024**2  # In memory; a larger import is stored in a file.
 _PAGE_SIZE = 1000
 
 
@@ -96,7 +95,7 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
     """
     file_format = _content_format(request.headers.get("content-type", ""))
     gzipped = _is_gzip(request.headers.get("content-encoding", "identity"))
-    with SpooledTemporaryFile(_MAX_SPOOL_BYTES) as spool:
+    with SpooledTemporaryFile(MAX_SPOOL_BYTES) as spool:
         try:
             async for chunk in request.stream():
                 spool.write(chunk)

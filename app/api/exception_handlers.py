@@ -31,6 +31,7 @@ class ErrorResponse(NamedTuple):
 _RETRY = MappingProxyType({"Retry-After": "1"})
 _UNAVAILABLE = ErrorResponse(503, "The database is unavailable", _RETRY)
 _BEHIND = ErrorResponse(503, "The database's schema is behind: run alembic upgrade head", _RETRY)
+_FORBIDDEN = ErrorResponse(503, "The service's role lacks privileges on the schema", _RETRY)
 _CONFLICT = ErrorResponse(409, "The request conflicts with stored data")
 _BAD_VALUE = ErrorResponse(
     422, [{"type": "data_exception", "loc": ["body"], "msg": "A value cannot be stored"}]
@@ -46,25 +47,43 @@ EXCEPTIONS: dict[type[Exception], ErrorResponse] = {
     errors.NotAuthorized: ErrorResponse(403, "Not authorized"),
     errors.DatabaseTimeout: ErrorResponse(503, "The database did not respond in time", _RETRY),
     errors.SchemaBehind: _BEHIND,
+    errors.WrongDatabase: ErrorResponse(503, "The database cannot be used", _RETRY),
     errors.Draining: ErrorResponse(503, "This worker is stopping", _RETRY),
     StaleDataError: _CONFLICT,  # The ORM wrote a row that has changed since it was read.
 }
 
 # By SQLSTATE, or by its class, the first two characters
-# (https://www.postgresql.org/docs/current/errcodes-appendix.html). Any other state is a bug.
+# (https://www.postgresql.org/docs/current/errcodes-appendix.html). All other states mean that this
+# code sent a wrong statement: a bug, and a 500.
 SQLSTATES: dict[str | None, ErrorResponse] = {
     None: _UNAVAILABLE,  # The connection was refused or lost.
     "08": _UNAVAILABLE,  # connection exception
-    "22": _BAD_VALUE,  # data exception: a value that no column of the type can hold
+    "22": _BAD_VALUE,  # data exception: the column's type cannot hold the client's value
     "23": _CONFLICT,  # integrity constraint violation
     "25006": _UNAVAILABLE,  # read-only transaction: a standby, or a former primary
+    "25P03": _UNAVAILABLE,  # idle in transaction timeout: the server's setting ended the session
+    "25P04": _UNAVAILABLE,  # transaction timeout: the same
+    "26": _UNAVAILABLE,  # unknown prepared statement: a pooler has switched the connection
+    "28": _UNAVAILABLE,  # invalid authorization: the role or its password has changed
+    "3D": _UNAVAILABLE,  # invalid catalog name: the database was dropped or renamed
+    "3F": _BEHIND,  # invalid schema name: its migrations have not been run
     "40": _UNAVAILABLE,  # transaction rollback: serialization failure, deadlock
+    "42501": _FORBIDDEN,  # insufficient privilege
     "42703": _BEHIND,  # undefined column
     "42P01": _BEHIND,  # undefined table
-    "53": _UNAVAILABLE,  # insufficient resources
+    "42P05": _UNAVAILABLE,  # duplicate prepared statement: a pooler has switched the connection
+    "44": _CONFLICT,  # WITH CHECK OPTION violation: a view refuses the row
+    "53": _UNAVAILABLE,  # insufficient resources: connections, memory, disk
+    "54": _BAD_VALUE,  # program limit exceeded: a value is too long for an index
+    "55006": _UNAVAILABLE,  # object in use
     "55P03": _UNAVAILABLE,  # lock not available
-    "57": _UNAVAILABLE,  # operator intervention: cancelled, shutting down, starting up
-    "58": _UNAVAILABLE,  # system error
+    "57": _UNAVAILABLE,  # operator intervention: cancelled, idle timeout, stopping, starting
+    "58": _UNAVAILABLE,  # system error: input or output failed
+    "72": _UNAVAILABLE,  # snapshot too old
+    "F0": _UNAVAILABLE,  # configuration file error
+    "HV": _UNAVAILABLE,  # foreign data wrapper: the other server failed
+    "P0001": _CONFLICT,  # RAISE EXCEPTION: a trigger refuses the row
+    "XX": _UNAVAILABLE,  # internal error: the server has a bug, or its data is corrupted
 }
 
 

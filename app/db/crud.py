@@ -15,7 +15,15 @@ from pydantic import TypeAdapter
 from sqlmodel import Session, SQLModel
 
 from app.db import etags
-from app.db.pagination import Cursor, Order, Page, Position, page_statement
+from app.db.pagination import (
+    LOOK_UP,
+    MAX_TEXT_LENGTH,
+    Cursor,
+    Order,
+    Page,
+    Position,
+    page_statement,
+)
 from app.errors import Changed, NotFound
 
 Create = TypeVar("Create", bound=SQLModel)
@@ -154,7 +162,9 @@ class Crud(Generic[Create]):
 
     def cursor(self, row: Public, sort: str) -> Cursor:
         """Return the cursor of the page that follows this row."""
-        return Cursor(sort, row[self.orders[sort].column.name], row["id"])
+        value = row[self.orders[sort].column.name]
+        is_long = isinstance(value, str) and len(value) > MAX_TEXT_LENGTH
+        return Cursor(sort, LOOK_UP if is_long else value, row["id"])
 
     def _order(self, key: str) -> Order:
         name = key.removeprefix("-")

@@ -39,7 +39,11 @@ _MAX_LOGGED_KEYS = 20
 
 
 def engine(url: URL) -> Engine:
-    """Return the engine for migrations. Its sessions start with the timeouts above."""
+    """Return the engine for migrations. Its sessions start with the timeouts above.
+
+    With an empty `?options=` in the URL, they start with the timeouts of their role instead, as
+    `postgresql_engine` documents.
+    """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url)
     # In `options` and not by SET: SET would begin a transaction, which alembic would mistake for
@@ -51,13 +55,15 @@ def engine(url: URL) -> Engine:
         "-c client_connection_check_interval=1s -c idle_in_transaction_session_timeout=10s",
         "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
     ]
-    defaults = {"application_name": f"{NAME} migration", "connect_timeout": 10}
-    return create_engine(
-        url,
-        poolclass=pool.NullPool,
-        connect_args={name: value for name, value in defaults.items() if name not in url.query}
-        | {"options": " ".join(options)},
-    )
+    defaults = {
+        "application_name": f"{NAME} migration",
+        "client_encoding": "utf8",
+        "connect_timeout": 10,
+    }
+    arguments = {name: value for name, value in defaults.items() if name not in url.query}
+    if url.query.get("options") != "":
+        arguments["options"] = " ".join(options)
+    return create_engine(url, poolclass=pool.NullPool, connect_args=arguments)
 
 
 def _sqlite_engine(url: URL) -> Engine:
@@ -70,6 +76,16 @@ def _sqlite_engine(url: URL) -> Engine:
     )
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
+
+
+@event.listens_for(sa.Table, "after_parent_attach")
+def _use_autoincrement(table: sa.Table, _: object) -> None:
+    """Let SQLite not use the id of a deleted row again, in each table that batch mode rebuilds.
+
+    SQLAlchemy does not reflect AUTOINCREMENT, so a rebuild would lose it.
+    """
+    if table.name.startswith("_alembic_tmp_"):
+        table.dialect_options["sqlite"]["autoincrement"] = True
 
 
 def use_write_ahead_log(engine: Engine) -> None:

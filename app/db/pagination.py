@@ -13,13 +13,18 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
-from sqlalchemy import BigInteger, Column, Select, Table, bindparam, tuple_, union_all
+from sqlalchemy import BigInteger, Column, Select, Table, bindparam, select, tuple_, union_all
 
 # The ranges of PostgreSQL's integer and bigint.
 INT4 = range(-(2**31), 2**31)
 INT8 = range(-(2**63), 2**63)
 
-Position = Literal["start", "after value", "after null"]
+# A cursor contains no longer text, or a Link could exceed the limit on the head of a request. The
+# database then looks the value up, in the row with the cursor's id.
+MAX_TEXT_LENGTH = 500
+LOOK_UP = ()
+
+Position = Literal["start", "after value", "after null", "after row"]
 
 
 class Order(NamedTuple):
@@ -64,7 +69,7 @@ class Cursor(NamedTuple):
         # bool is a subclass of int.
         if type(row_id) is not int or row_id not in INT8 or (order.by_id and value != row_id):
             raise ValueError("Not a cursor")
-        return cls(sort, _comparable(value, order), row_id)
+        return cls(sort, LOOK_UP if value == [] else _comparable(value, order), row_id)
 
 
 def _comparable(value: object, order: Order) -> Any:
@@ -100,6 +105,8 @@ class Page(NamedTuple):
         """Where the page starts."""
         if self.after is None:
             return "start"
+        if self.after.value == LOOK_UP:
+            return "after row"
         return "after null" if self.after.value is None else "after value"
 
 
@@ -122,11 +129,13 @@ def page_statement(
         return _first_rows(rows.where(by_id), order, table.c)
 
     column = order.column
-    if position == "after value":
-        here = tuple_(column, row_id)
-        there = tuple_(bindparam("after_value", type_=column.type), after_id)
-        following = rows.where(here < there if order.descending else here > there)
-    else:
+    value: Any = bindparam("after_value", type_=column.type)
+    if position == "after row":
+        last = table.alias()
+        value = select(last.c[column.name]).where(last.c.id == after_id).scalar_subquery()
+    here, there = tuple_(column, row_id), tuple_(value, after_id)
+    following = rows.where(here < there if order.descending else here > there)
+    if position == "after null":
         following = rows.where(column.is_(None), by_id)
     # NULL is outside of the range above. If it comes next in this order, it is a second range, and
     # the page consists of the first rows of both.

@@ -3,21 +3,35 @@
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import String, column, table
+from sqlalchemy import Connection, String, column, table, text
 from sqlmodel import Session, select
 
-from app.errors import SchemaBehind
+from app.errors import SchemaBehind, WrongDatabase
 
-ALEMBIC_INI = Path(__file__).parents[2] / "alembic.ini"
+SCRIPTS = Path(__file__).parents[2] / "alembic"
 
 _CURRENT = select(table("alembic_version", column("version_num", String)).c.version_num)
+
+
+_DATABASE = text("SELECT getdatabaseencoding() = 'UTF8', current_schema() IS NOT NULL")
 
 
 def current(session: Session) -> set[str]:
     """Return the revisions of the database: one, or none before the first migration."""
     return set(session.exec(_CURRENT))
+
+
+def check_database(connection: Connection) -> None:
+    """Raise `WrongDatabase` if PostgreSQL's encoding or the role's privileges do not fit."""
+    if connection.dialect.name != "postgresql":
+        return
+    # Computed by the server: psycopg returns texts of an SQL_ASCII database as bytes.
+    is_utf8, has_schema = connection.execute(_DATABASE).one()
+    if not is_utf8:
+        raise WrongDatabase("its encoding is not UTF8: create it with ENCODING 'UTF8'")
+    if not has_schema:
+        raise WrongDatabase("the role has no USAGE on a schema of its search_path")
 
 
 class Revisions(NamedTuple):
@@ -29,15 +43,16 @@ class Revisions(NamedTuple):
     @classmethod
     def of_the_code(cls) -> Self:
         """Read the migration scripts. Raises alembic's `CommandError` if they are broken."""
-        scripts = ScriptDirectory.from_config(Config(ALEMBIC_INI))
+        scripts = ScriptDirectory(str(SCRIPTS))
         known = frozenset(script.revision for script in scripts.walk_revisions())
         return cls(scripts.get_current_head() or "base", known)
 
     def check(self, session: Session) -> None:
-        """Return if this code works with the database's schema, else raise `SchemaBehind`.
+        """Return if this code works with the database, else raise `WrongDatabase`, `SchemaBehind`.
 
         An unknown revision belongs to a newer release. Its schema serves the previous release too.
         """
+        check_database(session.connection())
         found = current(session)
         if self.head in found or found - self.known:
             return
