@@ -247,6 +247,36 @@ def test_an_item_that_the_driver_cannot_encode_fails_alone(
     assert sorted(names_in(database)) == ["a", "c"]
 
 
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("state", ["22003", "23505", "44000", "54000", "P0001"])
+def test_an_item_that_a_trigger_refuses_fails_alone(
+    database_url: URL, database: Engine, state: str
+) -> None:
+    with database.connect() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+                f" IF NEW.name = 'b' THEN RAISE EXCEPTION 'no' USING ERRCODE = '{state}'; END IF;"
+                " RETURN NEW; END $$"
+            )
+        )
+        connection.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE INSERT ON hero FOR EACH ROW EXECUTE FUNCTION refuse()"
+            )
+        )
+
+    async def work(service: Database) -> None:
+        found = await asyncio.gather(
+            *(service.run_batched(heroes.create_many, hero(name)) for name in ("a", "b", "c")),
+            return_exceptions=True,
+        )
+        assert [isinstance(each, DBAPIError) for each in found] == [False, True, False]
+
+    run(database_url, work)
+    assert sorted(names_in(database)) == ["a", "c"]
+
+
 def test_a_failing_batch_fails_its_calls_and_no_later_ones(
     database_url: URL, database: Engine
 ) -> None:

@@ -22,8 +22,8 @@ MAX_BATCH_SIZE = 100
 # After this time calls stop waiting for the statement in flight, and the next batch is sent.
 MAX_WAIT_SECONDS = 0.02
 # SQLSTATE classes of errors that one item of a batch may have caused: data exception, integrity
-# constraint violation.
-_ITEM_ERRORS = ("22", "23")
+# constraint violation, WITH CHECK OPTION violation, program limit exceeded, a trigger's exception.
+_ITEM_ERRORS = ("22", "23", "44", "54", "P0")
 
 
 class Batcher(Generic[Item, Result]):
