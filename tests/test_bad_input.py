@@ -1,4 +1,4 @@
-"""Bad input is the client's error: a 4xx that says what, nothing written, nothing repeated."""
+"""Bad input is a 4xx that names the reason. It writes no row and is not repeated."""
 
 import json
 import socket
@@ -9,7 +9,7 @@ from sqlalchemy import Engine, text
 from app.api.middleware import MAX_BODY_BYTES
 from tests.service import Connection, Service
 
-# No valid part of these requests contains it, so that an answer with it has repeated what was sent.
+# Only invalid values contain it. A response that contains it repeats the client's input.
 MARK = "unsaid"
 GOOD = {"name": MARK, "secret_name": MARK}
 JSON = "application/json"
@@ -72,7 +72,7 @@ BODIES: dict[str, tuple[bytes | None, str | None, int]] = {
     "a NaN": (b"NaN", JSON, 422),
     "an array": (body([GOOD]), JSON, 422),
     "truncated JSON": (body(GOOD)[:-1], JSON, 422),
-    "something behind the JSON": (body(GOOD) + b"}", JSON, 422),
+    "text after the JSON": (body(GOOD) + b"}", JSON, 422),
     "10,000 nested brackets": (b"[" * 10_000, JSON, 400),
     "100,000 nested brackets": (b"[" * 100_000, JSON, 413),
     "30,000 nested and closed brackets": (b"[" * 30_000 + b"]" * 30_000, JSON, 400),

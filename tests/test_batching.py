@@ -329,7 +329,7 @@ def test_every_call_ends_within_the_timeout(database_url: URL, database: Engine)
 
 
 def test_a_failing_item_does_not_double_the_timeout(database_url: URL, database: Engine) -> None:
-    """Its batch runs one by one afterwards, in what is left of the time of each call."""
+    """The items then run one by one, in the remaining time of their calls."""
 
     def slow_then_invalid(session: Session, items: list[str]) -> list[str]:
         if session.get_bind().dialect.name == "postgresql":

@@ -65,7 +65,7 @@ class Stack:
         )
 
     def sql(self, statement: str, role: str = "postgres", database: str = "heroes") -> str:
-        """What psql prints, or says that it may not."""
+        """Return the output of psql, or its error."""
         done = subprocess.run(
             [
                 *("docker", "compose", "exec", "-T", "--env", "PGPASSWORD", "db", "psql"),
@@ -133,7 +133,7 @@ def test_the_contract_holds_through_the_published_port(stack: Stack) -> None:
 
 
 def test_an_import_and_the_command_work_in_the_containers(stack: Stack) -> None:
-    """What is more than memory should be used for is kept in a file, on a read-only root."""
+    """A large body is stored in a file, although the root is read-only."""
     line = b'{"name": "Imported", "secret_name": "s"}\n'
     headers = {"Content-Type": "application/x-ndjson"}
     with stack.client() as client:

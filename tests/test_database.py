@@ -38,7 +38,7 @@ def count(database: Engine) -> int:
 
 @contextmanager
 def another_writer(database: Engine) -> Iterator[None]:
-    """Holds the table's lock for the length of the block."""
+    """Hold the table's lock during the block."""
     with database.connect() as connection:
         if database.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -222,7 +222,7 @@ def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> 
 def test_units_of_work_get_their_connections_in_the_order_of_their_coming(
     database_url: URL,
 ) -> None:
-    """Or under load some would wait for ever, while later ones are served."""
+    """Otherwise some calls would starve under load."""
     done: list[int] = []
 
     async def work() -> None:
@@ -286,7 +286,7 @@ def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
             connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE bigint"))
         await read()
 
-        # The control: this is what a request would have met without the second run.
+        # The control: without the second run a request would get this error.
         with database.connect() as connection:
             connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE integer"))
         with pytest.raises(DBAPIError, match="cached plan"):

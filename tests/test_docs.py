@@ -21,7 +21,7 @@ MIGRATIONS = (ROOT / "docs" / "migrations.md").read_text()
 
 
 def exchanges(block: str) -> list[tuple[str, str]]:
-    """The commands of a console block, each with what it prints."""
+    """Return the commands of a console block, each with its output."""
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
 
 
@@ -39,7 +39,7 @@ def assert_printed(
             cwd=folder,
             env=environment(database_url, PATH=path),
         )
-        # An answer ends without a new line; the page cannot. Times are their own.
+        # A response ends without a new line, but the page cannot. Times vary.
         found, said = (
             re.sub(
                 r"in [\d.]+ s, [\d,]+ per", "in 0 s, 0 per", output.replace("\r\n", "\n").rstrip()

@@ -96,7 +96,7 @@ _HEADERS: dict[str, tuple[str, str | int]] = {
     "Accept-Encoding": ("The supported codings (RFC 9110)", "gzip"),
 }
 _ERROR_HEADERS = {"401": ["WWW-Authenticate"], "415": ["Accept-Encoding"], "503": ["Retry-After"]}
-# What a parameter adds to its operation: further statuses, and headers of the successful response.
+# Parameters by name: the statuses that they add, and the headers of the successful response.
 _OF_PARAMETERS: dict[str, tuple[list[int], list[str]]] = {
     "if-match": ([412], ["ETag"]),
     "if-none-match": ([304], ["ETag"]),
