@@ -118,4 +118,4 @@ except DBAPIError as error:
     # One line instead of a traceback, because the code is not the cause.
     raise CommandError(str(error.orig).splitlines()[0]) from error
 except WrongDatabase as error:
-    raise CommandError(f"The database cannot be used: {error}") from error
+    raise CommandError(str(error)) from error

@@ -128,7 +128,7 @@ def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
         code = 1
         typer.echo(f"{NAME}: {file}: {error.strerror or error}", err=True)
     except WrongDatabase as error:
-        typer.echo(f"{NAME}: the database cannot be used: {error}", err=True)
+        typer.echo(f"{NAME}: {error}", err=True)
     except SchemaBehind as error:
         typer.echo(f"{NAME}: {_BEHIND}: {error}", err=True)
     except DBAPIError as error:

@@ -232,14 +232,20 @@ class Gunicorn:
     """The service in its production form: gunicorn with its own configuration."""
 
     def __init__(
-        self, database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, **env: str
+        self,
+        database_url: URL,
+        folder: Path,
+        *arguments: str,
+        root: Path = ROOT,
+        port: int = 0,
+        **env: str,
     ) -> None:
         self._log = folder / "gunicorn.log"
         self._pidfile = folder / "gunicorn.pid"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    *(BIN / "gunicorn", "--bind", "127.0.0.1:0"),
+                    *(BIN / "gunicorn", "--bind", f"127.0.0.1:{port}"),
                     *("--pid", str(self._pidfile), *arguments),
                 ],
                 cwd=root,
@@ -307,8 +313,7 @@ class Gunicorn:
 
     def stop(self) -> None:
         """Stop the current master, and reap the first one."""
-        if self._pidfile.exists():
-            pid = self.pid
+        if self._pidfile.exists() and alive(pid := self.pid):
             os.kill(pid, signal.SIGTERM)
             self.wait_for(lambda: not alive(pid), 40)
         self._process.wait(40)
@@ -325,9 +330,9 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def gunicorn(
-    database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, **env: str
+    database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, port: int = 0, **env: str
 ) -> Iterator[Gunicorn]:
-    server = Gunicorn(database_url, folder, *arguments, root=root, **env)
+    server = Gunicorn(database_url, folder, *arguments, root=root, port=port, **env)
     try:
         yield server
     finally:

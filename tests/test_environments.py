@@ -69,7 +69,7 @@ def test_a_role_without_usage_on_the_schema_is_not_told_to_migrate(
     ):
         ready = client.get("/health/ready")
     assert ready.status_code == 503
-    assert ready.json() == {"detail": "The database cannot be used"}
+    assert "no USAGE on a schema" in ready.json()["detail"]
     assert "no USAGE on a schema" in caplog.text
 
 
@@ -168,7 +168,7 @@ def test_a_database_with_another_encoding_is_refused_by_one_line(
             [BIN / "heroes", "seed", "1"], env=environment(url), capture_output=True, text=True
         )
         assert command.returncode == 3
-        assert command.stderr.startswith("heroes: the database cannot be used: its encoding")
+        assert command.stderr.startswith("heroes: The database cannot be used: its encoding")
         assert command.stderr.count("\n") == 1
     finally:
         postgres.drop(name)

@@ -47,7 +47,7 @@ EXCEPTIONS: dict[type[Exception], ErrorResponse] = {
     errors.NotAuthorized: ErrorResponse(403, "Not authorized"),
     errors.DatabaseTimeout: ErrorResponse(503, "The database did not respond in time", _RETRY),
     errors.SchemaBehind: _BEHIND,
-    errors.WrongDatabase: ErrorResponse(503, "The database cannot be used", _RETRY),
+    errors.WrongDatabase: ErrorResponse(503, None, _RETRY),
     errors.Draining: ErrorResponse(503, "This worker is stopping", _RETRY),
     StaleDataError: _CONFLICT,  # The ORM wrote a row that has changed since it was read.
 }
@@ -115,7 +115,7 @@ def respond(
 async def _handle(request: Request, error: Exception) -> JSONResponse:
     response = EXCEPTIONS[type(error)]
     if response.status >= 500:
-        logger.warning("%s", f"{response.detail}: {error}" if str(error) else response.detail)
+        logger.warning(": ".join(filter(None, [response.detail, str(error)])))
     return respond(request, response.status, response.detail or str(error), response.headers)
 
 

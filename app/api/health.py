@@ -22,14 +22,15 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready")
 async def ready(request: Request, database: DatabaseDep) -> dict[str, str]:
-    """Check that the database responds and its schema fits. If this fails, send no requests.
+    """Check that this worker can serve reads and writes. If this fails, send no requests.
 
-    Raises `Draining`, `SchemaBehind`, or the errors of `Database.run`.
+    Raises `Draining`, `WrongDatabase`, `SchemaBehind`, or the errors of `Database.run`.
     """
     if getattr(request.state, "draining", False):  # Set by app/server/worker.py.
         raise Draining
     code: revisions.Revisions = request.app.state.revisions
     await database.run(code.check)
+    await database.run(revisions.check_writable)
     return {"status": "ready"}
 
 

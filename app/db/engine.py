@@ -28,6 +28,9 @@ _SQLSTATE_OF_SQLITE = {
 }
 
 
+_READ_ONLY = "25006"
+
+
 def sqlstate(error: BaseException | None) -> str | None:
     """Return the SQLSTATE of an error of a statement, translated for SQLite.
 
@@ -115,7 +118,7 @@ def postgresql_engine(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
-    event.listen(engine.sync_engine, "handle_error", _disconnect_on_stale_plan)
+    event.listen(engine.sync_engine, "handle_error", _disconnect)
     event.listen(engine.sync_engine, "handle_error", _count_error)
     return engine
 
@@ -142,13 +145,14 @@ def _refuse_closed_connection(connection: Any, *_: object) -> None:
     raise InvalidatePoolError
 
 
-def _disconnect_on_stale_plan(context: ExceptionContext) -> None:
-    """Drop all connections after a stale plan.
+def _disconnect(context: ExceptionContext) -> None:
+    """Drop all connections after an error that would repeat on each of them.
 
-    The statement would fail on that connection forever, and the other connections have prepared it
-    too.
+    After a stale plan, because the other connections have prepared the statement too. After a write
+    on a read-only server, because a new connection may lead to the new primary.
     """
-    if is_stale_plan(context.original_exception):
+    error = context.original_exception
+    if is_stale_plan(error) or sqlstate(error) == _READ_ONLY:
         context.is_disconnect = True
 
 

@@ -29,9 +29,23 @@ def check_database(connection: Connection) -> None:
     # Computed by the server: psycopg returns texts of an SQL_ASCII database as bytes.
     is_utf8, has_schema = connection.execute(_DATABASE).one()
     if not is_utf8:
-        raise WrongDatabase("its encoding is not UTF8: create it with ENCODING 'UTF8'")
+        raise WrongDatabase(
+            "The database cannot be used: its encoding is not UTF8: create it with ENCODING 'UTF8'"
+        )
     if not has_schema:
-        raise WrongDatabase("the role has no USAGE on a schema of its search_path")
+        raise WrongDatabase(
+            "The database cannot be used: the role has no USAGE on a schema of its search_path"
+        )
+
+
+def check_writable(session: Session) -> None:
+    """Raise `WrongDatabase` if PostgreSQL is a standby or its sessions are read-only."""
+    if session.get_bind().dialect.name != "postgresql":
+        return
+    # The setting is also on during recovery.
+    if session.connection().scalar(text("SHOW transaction_read_only")) == "on":
+        session.connection().invalidate()  # A new connection may lead to the new primary.
+        raise WrongDatabase("The database cannot be used: it is read-only")
 
 
 class Revisions(NamedTuple):

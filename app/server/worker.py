@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -67,9 +68,15 @@ class Worker(UvicornWorker):  # type: ignore[misc]
         # Seconds that open connections get after draining. gunicorn then kills the worker.
         self.config.timeout_graceful_shutdown = 2
 
+    async def callback_notify(self) -> None:
+        """Send the heartbeat. Stop if the master was killed: no one else would stop the worker."""
+        await super().callback_notify()
+        if os.getppid() != self.ppid:
+            self._server.should_exit = True
+
     async def _serve(self) -> None:
         self.config.app = self.wsgi
-        server = DrainingServer(self.config)
+        server = self._server = DrainingServer(self.config)
         server.drain_seconds = self.cfg.graceful_timeout - 5
         self._install_sigquit_handler()
         await server.serve(sockets=self.sockets)

@@ -491,3 +491,19 @@ def test_the_server_starts_and_is_live_while_the_database_is_down(
         assert connection.send("GET", "/health/ready").status == 503
         connection.close()
         assert alive(server.pid)
+
+
+def test_workers_end_when_their_master_is_killed_and_a_new_master_can_start(
+    database_url: URL, tmp_path: Path
+) -> None:
+    with gunicorn(database_url, tmp_path) as server:
+        workers = server.children
+        os.kill(server.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while any(alive(worker) for worker in workers):
+            assert time.monotonic() < deadline, "the workers serve without a master"
+            time.sleep(0.05)
+    folder = tmp_path / "next"
+    folder.mkdir()
+    with gunicorn(database_url, folder, port=server.port) as server:
+        assert server.get("/heroes/").status == 200

@@ -1,0 +1,50 @@
+"""A primary that becomes a standby, or read-only, and back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import URL, Engine, text
+
+from tests.service import serve, settings
+
+pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+HERO = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+
+
+@contextmanager
+def read_only(database: Engine) -> Iterator[None]:
+    """Make new sessions of the database read-only during the block, as those of a standby are."""
+    name = database.url.database
+    with database.connect() as connection:
+        setting = f"ALTER DATABASE {name} SET default_transaction_read_only"
+        connection.execute(text(f"{setting} = on"))
+        yield
+        connection.execute(text("SET transaction_read_only = off"))
+        connection.execute(text(f"{setting} = off"))
+
+
+def test_writes_work_again_with_the_first_request_after_the_database_is_writable(
+    database_url: URL, database: Engine
+) -> None:
+    """The sessions of the read-only time must not be used again."""
+    with serve(settings(database_url)) as service, service.client() as client:
+        with read_only(database):
+            for _ in range(3):
+                assert client.post("/heroes/", json=HERO).status_code == 503
+            assert client.get("/heroes/").status_code == 200, "reads work"
+        created = [client.post("/heroes/", json=HERO).status_code for _ in range(5)]
+        # The read of the read-only time may have left one more session.
+        assert created[1:] == [200] * 4
+
+
+def test_a_read_only_database_is_not_ready(database_url: URL, database: Engine) -> None:
+    with serve(settings(database_url)) as service, service.client() as client:
+        assert client.get("/health/ready").status_code == 200
+    with serve(settings(database_url)) as service, service.client() as client:
+        with read_only(database):
+            ready = client.get("/health/ready")
+            assert ready.status_code == 503
+            assert ready.json() == {"detail": "The database cannot be used: it is read-only"}
+        # Its session would stay read-only.
+        assert client.get("/health/ready").status_code == 200
