@@ -329,7 +329,9 @@ def test_a_password_in_dotenv_reaches_the_containers(
 
 
 @pytest.mark.parametrize("written", ["", "   ", "$ecret", '"$ecret"'])
-@pytest.mark.parametrize("variable", ["POSTGRES_PASSWORD", "OWNER_PASSWORD", "APP_PASSWORD"])
+@pytest.mark.parametrize(
+    "variable", ["POSTGRES_PASSWORD", "OWNER_PASSWORD", "APP_PASSWORD", "API_TOKENS"]
+)
 def test_an_empty_password_is_refused_before_anything_starts(
     fresh: Stack, variable: str, written: str
 ) -> None:
