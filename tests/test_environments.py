@@ -237,6 +237,9 @@ def test_an_export_to_an_http_1_0_client_is_not_chunked(
     head, body = sent(service, "GET /heroes/1 HTTP/1.0\r\n\r\n")
     assert b"200 ok" in head
     assert json.loads(body)["name"] == "hero 0"
+    head, body = sent(service, 'GET /heroes/1 HTTP/1.0\r\nIf-None-Match: "1"\r\n\r\n')
+    assert b"304" in head
+    assert b"content-length" not in head
     # The control: HTTP/1.1 gets chunks.
     assert client.get("/heroes/export").headers["transfer-encoding"] == "chunked"
 

@@ -143,7 +143,7 @@ class LengthForHTTP10:
 
             await self.app(scope, receive, stored)
             names = {name.lower() for name, _ in start["headers"]}
-            if b"content-length" not in names:
+            if b"content-length" not in names and start["status"] not in (204, 304):
                 length = str(spool.tell()).encode()
                 start["headers"] = [*start["headers"], (b"content-length", length)]
             await send(start)
