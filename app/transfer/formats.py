@@ -70,16 +70,13 @@ def encode_rows(
     writer = csv.writer(text)
     if header:
         writer.writerow(names)
-    writer.writerows([_csv_field(row[name]) for name in names] for row in rows)
+    # The same texts as in JSON, without quotes. Null is an empty field.
+    for values in to_jsonable_python([[row[name] for name in names] for row in rows]):
+        writer.writerow([_BOOLEANS[value] if type(value) is bool else value for value in values])
     return text.getvalue().encode()
 
 
-def _csv_field(value: Any) -> Any:
-    """Return the text that JSON has for the value, without quotes. None is an empty field."""
-    if value is None or type(value) in (int, str):
-        return value
-    value = to_jsonable_python(value)
-    return str(value).lower() if isinstance(value, bool) else value
+_BOOLEANS = {True: "true", False: "false"}
 
 
 class _Reader:
@@ -110,7 +107,7 @@ class _Reader:
             return None
         # pydantic would also accept "1_0" and digits of other scripts. More digits than those of an
         # int8 stay a text, which is refused.
-        is_integer = _INTEGER.fullmatch(text) and name in self._integers
+        is_integer = name in self._integers and _INTEGER.fullmatch(text)
         return int(text) if is_integer else text
 
     def _validated(
