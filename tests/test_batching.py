@@ -133,11 +133,14 @@ def test_batched_creates_insert_in_order_and_return_their_own_rows(
             *(service.run_batched(heroes.create_many, hero(name)) for name in names)
         )
         assert [row.public["name"] for row in rows] == names
-        assert [row.id for row in rows] == list(range(1, len(names) + 1))
+        # In order within a batch. A slow batch does not hold up the next one.
+        for start in range(0, len(names), MAX_BATCH_SIZE):
+            ids = [row.id for row in rows[start : start + MAX_BATCH_SIZE]]
+            assert ids == sorted(ids)
         assert batches("create_many") == (sent + 3, calls + len(names))
 
     run(database_url, work)
-    assert names_in(database) == names
+    assert sorted(names_in(database)) == sorted(names)
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
