@@ -32,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
         settings.database_url,
         pool_size=settings.database_pool_size,
         timeout=settings.database_timeout,
+        queue_size=settings.database_queue_size,
     )
 
     @asynccontextmanager

@@ -49,7 +49,19 @@ class Draining(Exception):
 
 
 class DatabaseTimeout(Exception):
-    """A database call took longer than its timeout."""
+    """A database call took longer than its timeout, and wrote nothing."""
+
+
+class DatabaseUnavailable(Exception):
+    """No connection to the database can be made. The message is the reason, for the log."""
+
+
+class OutcomeUnknown(Exception):
+    """The database did not confirm a write that was sent. It may have happened."""
+
+
+class Overloaded(Exception):
+    """More calls wait for a connection than can be served in time."""
 
 
 class SchemaBehind(Exception):

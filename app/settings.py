@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     database_timeout: float = Field(
         5, ge=0.1, le=3600, allow_inf_nan=False, description="a number of seconds from 0.1 to 3600"
     )
+    database_queue_size: int = Field(
+        500, ge=1, le=100_000, description="a whole number from 1 to 100000"
+    )
     api_tokens: Annotated[tuple[Token, ...], BeforeValidator(_tokens)] = Field(
         (),
         description="entries name:scope:sha256 with the scope read or write, separated by commas",

@@ -17,7 +17,8 @@ from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from app.db import migrations
-from app.db.engine import postgresql_engine
+from app.db.pool import ConnectionPool, PooledConnection
+from app.errors import DatabaseUnavailable
 from app.server.worker import log_connection_budget
 from app.settings import Settings, from_environment
 from tests.servers import EmbeddedPostgres, Postgres
@@ -174,16 +175,22 @@ def startup() -> Iterator[tuple[int, list[dict[str, str]]]]:
 
 
 async def connect_once(url: URL) -> Any:
-    """Connect the service's engine once. Returns the connection's `prepare_threshold`."""
-    engine = postgresql_engine(url, 1, 5)
+    """Let the service connect once. Returns the connection's `prepare_threshold`."""
+    failed = asyncio.Event()
+    pool = ConnectionPool(url, 1, 5, failed.set)
+    tasks = [asyncio.create_task(pool.acquire()), asyncio.create_task(failed.wait())]
     try:
-        async with engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
-            raw = await connection.get_raw_connection()
-            assert raw.driver_connection
-            return raw.driver_connection.prepare_threshold
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if failed.is_set():
+            raise DatabaseUnavailable
+        connection = tasks[0].result()
+        assert isinstance(connection, PooledConnection)
+        await pool.release(connection)
+        return connection.prepare_threshold
     finally:
-        await engine.dispose()
+        for task in tasks:
+            task.cancel()
+        await pool.close()
 
 
 def test_empty_options_are_not_sent_to_a_pooler(
@@ -193,12 +200,12 @@ def test_empty_options_are_not_sent_to_a_pooler(
     monkeypatch.setenv("PGOPTIONS", "-c geqo=off")
     for query in ("sslmode=disable", "sslmode=disable&options="):
         url = read(database_url=f"postgresql://u:p@127.0.0.1:{port}/db?{query}").database_url
-        with contextlib.suppress(OperationalError):
+        with contextlib.suppress(DatabaseUnavailable):
             asyncio.run(connect_once(url))
         with contextlib.suppress(OperationalError):
             migrations.engine(url).connect()
     sent = [parameters.get("options", "") for parameters in received]
-    assert "-c statement_timeout=5000" in sent[0]
+    assert "-c statement_timeout=4500 -c lock_timeout=2500" in sent[0]
     assert "-c lock_timeout=500ms" in sent[1]
     assert sent[2:] == ["", ""]
     assert all("options" not in parameters for parameters in received[2:])

@@ -33,6 +33,7 @@ _UNAVAILABLE = ErrorResponse(503, "The database is unavailable", _RETRY)
 _BEHIND = ErrorResponse(503, "The database's schema is behind: run alembic upgrade head", _RETRY)
 _FORBIDDEN = ErrorResponse(503, "The service's role lacks privileges on the schema", _RETRY)
 _CONFLICT = ErrorResponse(409, "The request conflicts with stored data")
+_UNKNOWN = "The database did not confirm the write: it may have happened"
 _BAD_VALUE = ErrorResponse(
     422, [{"type": "data_exception", "loc": ["body"], "msg": "A value cannot be stored"}]
 )
@@ -46,6 +47,8 @@ EXCEPTIONS: dict[type[Exception], ErrorResponse] = {
     ),
     errors.NotAuthorized: ErrorResponse(403, "Not authorized"),
     errors.DatabaseTimeout: ErrorResponse(503, "The database did not respond in time", _RETRY),
+    errors.DatabaseUnavailable: _UNAVAILABLE,
+    errors.Overloaded: ErrorResponse(503, "The database is overloaded", _RETRY),
     errors.SchemaBehind: _BEHIND,
     errors.WrongDatabase: ErrorResponse(503, None, _RETRY),
     errors.Draining: ErrorResponse(503, "This worker is stopping", _RETRY),
@@ -91,6 +94,7 @@ def register(app: FastAPI) -> None:
     """Register the handlers. There is none for `Exception`: the middleware logs it as a bug."""
     for error in EXCEPTIONS:
         app.add_exception_handler(error, _handle)
+    app.add_exception_handler(errors.OutcomeUnknown, _handle_unknown_outcome)
     app.add_exception_handler(StatementError, _handle_database_error)
     app.add_exception_handler(RequestValidationError, _handle_invalid)
     app.add_exception_handler(errors.ImportRefused, _handle_refused_import)
@@ -117,6 +121,13 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
     if response.status >= 500:
         logger.warning(": ".join(filter(None, [response.detail, str(error)])))
     return respond(request, response.status, response.detail or str(error), response.headers)
+
+
+async def _handle_unknown_outcome(request: Request, error: Exception) -> JSONResponse:
+    logger.warning("%s: %s", _UNKNOWN, error.__cause__)
+    # With a key, the retry gets the response of the first request if it did write.
+    has_key = "idempotency-key" in request.headers
+    return respond(request, 503, _UNKNOWN, _RETRY if has_key else None)
 
 
 async def _handle_database_error(request: Request, error: Any) -> JSONResponse:

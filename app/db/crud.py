@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from sqlmodel import Session, SQLModel
 
 from app.db import etags
+from app.db.admission import reads
 from app.db.pagination import (
     LOOK_UP,
     MAX_TEXT_LENGTH,
@@ -103,6 +104,7 @@ class Crud(Generic[Create]):
         # rows in another one.
         return sorted(self._records(session, self._insert, parameters), key=_id)
 
+    @reads
     def list(self, session: Session, page: Page) -> Rows:
         """Return the rows of the page, at most `page.limit`."""
         parameters = {**page.filters, "limit": page.limit, "offset": page.offset}
@@ -112,16 +114,19 @@ class Crud(Generic[Create]):
         rows = session.connection().execute(statement, parameters)
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
+    @reads
     def count(self, session: Session, filters: Mapping[str, Any]) -> int:
         """Return the number of rows that match the filters."""
         statement = self._count_statement(frozenset(filters))
         return int(session.connection().execute(statement, dict(filters)).scalar_one())
 
+    @reads
     def get(self, session: Session, row_id: int) -> Record | None:
         """Return the row with this id, or None."""
         records = self._records(session, self._select.where(self._has_id), {"row_id": row_id})
         return records[0] if records else None
 
+    @reads
     def get_many(self, session: Session, ids: Sequence[int]) -> Sequence[Record | None]:
         """Return the rows with these ids, in the same order, and None for a missing row."""
         distinct = list(set(ids))

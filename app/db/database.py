@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, TypeVarTuple
 
-from sqlalchemy import URL
+from psycopg_pool import PoolTimeout
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
 from sqlmodel import Session
 
+from app.db.admission import Lane, only_reads
 from app.db.batching import Batcher
-from app.db.engine import is_stale_plan, postgresql_engine, sqlite_engine
-from app.errors import DatabaseTimeout
+from app.db.engine import is_read_only, is_stale_plan, sqlite_engine
+from app.db.pool import ConnectionPool, PooledConnection
+from app.errors import DatabaseTimeout, DatabaseUnavailable, OutcomeUnknown
 from app.telemetry import metrics
 
 Ts = TypeVarTuple("Ts")
@@ -30,6 +31,29 @@ Item = TypeVar("Item")
 _CANCEL_SECONDS = 0.5
 
 
+class _Call:
+    """One call, and what it holds. `deadline` is on the clock of `time.monotonic`."""
+
+    __slots__ = (
+        "connection",
+        "deadline",
+        "lanes",
+        "may_have_written",
+        "only_reads",
+        "seconds",
+        "start",
+    )
+
+    def __init__(self, fn: Callable[..., Any], seconds: float) -> None:
+        self.only_reads = only_reads(fn)
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self.lanes: list[Lane] = []
+        self.start: float | None = None
+        self.connection: PooledConnection | None = None
+        self.may_have_written = False
+
+
 class Database:
     """Runs plain synchronous functions over a `Session`.
 
@@ -39,39 +63,36 @@ class Database:
     cannot be cancelled: after its timeout it does not start and waits for no lock, but a commit in
     progress completes.
 
-    Connections are made on first use, so the service starts while the database is down.
+    At most `queue_size` calls wait for a connection. Connections are made on first use, so the
+    service starts while the database is down.
     """
 
-    def __init__(self, url: URL, *, pool_size: int, timeout: float) -> None:
+    def __init__(self, url: URL, *, pool_size: int, timeout: float, queue_size: int = 500) -> None:
         self._timeout = timeout
-        # SQLAlchemy's pool lets new callers overtake waiting ones. The semaphore is fair.
-        self._connections = asyncio.Semaphore(pool_size)
-        self._calls = 0
+        self._queue_size = queue_size
+        self._all = Lane(pool_size, queue_size)
+        self._writes = Lane(pool_size - pool_size // 4, queue_size)
+        # Of the calls that wait for a connection.
+        self._timeouts: set[asyncio.Timeout] = set()
         self._batchers: dict[Callable[..., Any], Batcher[Any, Any]] = {}
-        self._async_engine: AsyncEngine | None = None
+        self._pool: ConnectionPool | None = None
         self._spawn: Callable[..., Awaitable[Any]]
         if url.get_backend_name() == "sqlite":
             self.engine = sqlite_engine(url, pool_size, timeout)
             self._spawn = asyncio.to_thread
         else:
-            self._async_engine = postgresql_engine(url, pool_size, timeout)
-            self.engine = self._async_engine.sync_engine
+            self._pool = ConnectionPool(url, pool_size, timeout, self._end_waiting)
+            self.engine = self._pool.engine
             self._spawn = greenlet_spawn
 
     async def run(self, fn: Callable[[Session, *Ts], T], *args: *Ts) -> T:
         """Run `fn(session, *args)`, which is one statement, in autocommit.
 
-        Raises `DatabaseTimeout`, or the error of SQLAlchemy or `fn`.
+        Raises `Overloaded`, `DatabaseUnavailable`, `DatabaseTimeout`, `OutcomeUnknown`, or the
+        error of SQLAlchemy or `fn`.
         """
-        async with self._call(self._timeout) as deadline:
-            try:
-                result: T = await self._spawn(self._autocommit, deadline, fn, *args)
-            except DBAPIError as error:
-                if not is_stale_plan(error.orig):
-                    raise
-                # The server refused the statement before running it, and the pool is empty now.
-                result = await self._spawn(self._autocommit, deadline, fn, *args)
-            return result
+        result: T = await self._run(self._autocommit, fn, lambda: args, self._timeout)
+        return result
 
     async def run_in_transaction(
         self,
@@ -82,18 +103,13 @@ class Database:
         """Run `fn(session, *args)` between BEGIN and COMMIT, or ROLLBACK if it raises.
 
         `fn` may use the ORM, lazy relationships included. Objects that it returns keep their loaded
-        attributes. `timeout` replaces the default timeout, in seconds. After a stale plan `fn` runs
-        a second time. Raises `DatabaseTimeout`, or the error of SQLAlchemy or `fn`. On error
-        nothing was written, unless the COMMIT succeeded and its reply came too late.
+        attributes. `timeout` replaces the default timeout, in seconds. After a stale plan or on a
+        standby `fn` runs a second time. Raises the same errors as `run`. On error nothing was written, except that
+        after `OutcomeUnknown` the COMMIT may have succeeded.
         """
-        async with self._call(timeout or self._timeout) as deadline:
-            try:
-                result: T = await self._spawn(self._transaction, deadline, timeout, fn, *args)
-            except DBAPIError as error:
-                if not is_stale_plan(error.orig):
-                    raise
-                result = await self._spawn(self._transaction, deadline, timeout, fn, *args)
-            return result
+        seconds = timeout or self._timeout
+        result: T = await self._run(self._transaction, fn, lambda: args, seconds)
+        return result
 
     async def run_batched(self, fn: Callable[[Session, list[Item]], Sequence[T]], item: Item) -> T:
         """Run `fn` for this item together with the items of concurrent calls.
@@ -106,7 +122,13 @@ class Database:
         """
         batcher = self._batchers.get(fn)
         if batcher is None:
-            batcher = Batcher(lambda items: self.run(fn, items), fn.__name__, self._timeout)
+            batcher = Batcher(
+                fn.__name__,
+                lambda take, seconds: self._run(self._autocommit, fn, lambda: (take(),), seconds),
+                only_reads=only_reads(fn),
+                timeout=self._timeout,
+                limit=self._queue_size,
+            )
             self._batchers[fn] = batcher
         result: T = await batcher.call(item)
         return result
@@ -115,14 +137,16 @@ class Database:
         """Wait for the batches in progress, then close the idle connections."""
         for batcher in self._batchers.values():
             await batcher.close()
-        if self._async_engine:
-            await self._async_engine.dispose()
+        if self._pool:
+            await self._pool.close()
         else:
             self.engine.dispose()
 
     @property
     def connections(self) -> tuple[int, int]:
         """The number of connections in use, and of idle ones."""
+        if self._pool:
+            return self._pool.connections
         pool = self.engine.pool
         assert isinstance(pool, QueuePool)  # noqa: S101
         return pool.checkedout(), pool.checkedin()
@@ -130,66 +154,133 @@ class Database:
     @property
     def waiting(self) -> int:
         """The number of calls that wait for a connection."""
-        return max(0, self._calls - self.connections[0])
+        return len(self._timeouts)
+
+    async def _run(
+        self,
+        run: Callable[..., Any],
+        fn: Callable[..., Any],
+        take: Callable[[], Sequence[Any]],
+        seconds: float,
+    ) -> Any:
+        """Run `fn` by `run`. `take` returns its arguments, once there is a connection."""
+        deadline = time.monotonic() + seconds
+        try:
+            async with self._call(fn, seconds) as call:
+                args = take()
+                return await self._spawn(run, call, fn, *args)
+        except DBAPIError as error:
+            if not (is_stale_plan(error.orig) or is_read_only(error.orig)):
+                raise
+        # The server refused the statement before running it, and the connection is replaced.
+        async with self._call(fn, deadline - time.monotonic()) as call:
+            return await self._spawn(run, call, fn, *args)
 
     @asynccontextmanager
-    async def _call(self, seconds: float) -> AsyncIterator[float]:
-        """Limit one call in time, and all calls in number to the size of the pool.
-
-        Yields the deadline on the clock of `time.monotonic`.
-        """
-        self._calls += 1
+    async def _call(self, fn: Callable[..., Any], seconds: float) -> AsyncIterator[_Call]:
+        """Limit a call in time, and give it a connection."""
+        call = _Call(fn, seconds)
         start = time.monotonic()
         try:
             async with (
                 asyncio.timeout(seconds + _CANCEL_SECONDS),
-                asyncio.timeout(seconds),
-                self._connections,
+                asyncio.timeout(seconds) as limit,
             ):
-                yield start + seconds
+                try:
+                    await self._acquire(call, limit)
+                    yield call
+                except DBAPIError as error:
+                    await self._drain_after(error, call)
+                    raise
+                finally:
+                    await self._release(call)
         except (TimeoutError, PoolTimeout) as error:
+            if self._pool and self._pool.error and not call.connection:
+                raise DatabaseUnavailable(self._pool.error) from error
             metrics.database_errors.labels("timeout").inc()
-            raise DatabaseTimeout from error
+            raise (OutcomeUnknown if call.may_have_written else DatabaseTimeout) from error
+        except DBAPIError as error:
+            if call.may_have_written and error.connection_invalidated:
+                raise OutcomeUnknown from error
+            raise
         finally:
-            self._calls -= 1
             metrics.operation_duration.observe(time.monotonic() - start)
 
-    def _autocommit(self, deadline: float, fn: Callable[..., T], *args: Any) -> T:
-        with Session(self.engine, expire_on_commit=False) as session:
-            self._limit_lock_wait(session, deadline)
+    async def _acquire(self, call: _Call, limit: asyncio.Timeout) -> None:
+        self._timeouts.add(limit)
+        try:
+            for lane in (self._all,) if call.only_reads else (self._writes, self._all):
+                await lane.enter(self._timeout)
+                call.lanes.append(lane)
+            if self._pool:
+                call.connection = await self._pool.acquire()
+        finally:
+            self._timeouts.discard(limit)
+        call.start = time.monotonic()
+
+    async def _release(self, call: _Call) -> None:
+        # A call with a longer timeout, such as an import, says nothing about the others.
+        held = None
+        if call.start and call.seconds <= self._timeout:
+            held = time.monotonic() - call.start
+        for lane in call.lanes:
+            lane.leave(held)
+        if call.connection and self._pool:
+            await self._pool.release(call.connection)
+
+    async def _drain_after(self, error: DBAPIError, call: _Call) -> None:
+        """Drain the pool after an error that would repeat on each of its connections."""
+        if not (call.connection and self._pool):
+            return
+        if is_stale_plan(error.orig):
+            await self._pool.drain(call.connection)
+        elif is_read_only(error.orig):
+            await self._pool.drain_read_only(call.connection)
+
+    def _end_waiting(self) -> None:
+        """End the calls that wait for a connection, because none can be made."""
+        for limit in self._timeouts:
+            if not limit.expired():
+                limit.reschedule(0)
+
+    def _autocommit(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
+        with Session(self._bind(call), expire_on_commit=False) as session:
+            self._limit_lock_wait(session, call)
+            call.may_have_written = not call.only_reads
             result = fn(session, *args)
             session.flush()  # Without it, objects added to the session would be lost silently.
             return result
 
-    def _transaction(
-        self, deadline: float, timeout: float | None, fn: Callable[..., T], *args: Any
-    ) -> T:
+    def _transaction(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
         # The caller gets objects after the commit, when they could not be loaded again.
-        with Session(self.engine, expire_on_commit=False) as session:
-            self._limit_lock_wait(session, deadline)
-            if self._async_engine:
+        with Session(self._bind(call), expire_on_commit=False) as session:
+            self._limit_lock_wait(session, call)
+            connection = session.connection()
+            if call.connection:
                 # Ends the autocommit until the pool gets the connection back.
-                session.connection(execution_options={"isolation_level": "READ COMMITTED"})
-                if timeout is not None:
-                    milliseconds = max(1, math.ceil((deadline - time.monotonic()) * 1000))
-                    session.connection().exec_driver_sql(
-                        f"SET LOCAL statement_timeout = {milliseconds}"
-                    )
+                connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
+                if call.seconds != self._timeout:
+                    milliseconds = max(1, math.ceil((call.deadline - time.monotonic()) * 1000))
+                    connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             else:
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             result = fn(session, *args)
+            call.may_have_written = True
             session.commit()
             return result
 
-    def _limit_lock_wait(self, session: Session, deadline: float) -> None:
+    def _bind(self, call: _Call) -> Engine | Connection:
+        return call.connection.bind if call.connection else self.engine
+
+    def _limit_lock_wait(self, session: Session, call: _Call) -> None:
         """Limit the time that SQLite waits for a lock. The call's thread cannot be cancelled."""
-        if self._async_engine:
+        if call.connection:
             return
         driver = session.connection().connection.driver_connection
         assert isinstance(driver, sqlite3.Connection)  # noqa: S101
         # Ends a little earlier than the caller's timeout. Otherwise the call could get the lock
         # after its caller has gone, and write.
-        seconds = deadline - time.monotonic() - 0.05
+        seconds = call.deadline - time.monotonic() - 0.05
         if seconds <= 0:
             raise TimeoutError
         driver.execute(f"PRAGMA busy_timeout = {math.ceil(seconds * 1000)}")

@@ -1,17 +1,12 @@
 """SQLAlchemy engines for SQLite and PostgreSQL, and the SQLSTATE of their errors."""
 
-import math
-import select
 import sqlite3
 from typing import Any
 
 import psycopg
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import InvalidatePoolError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from app import NAME
 from app.telemetry import metrics
 
 # SQLite's result codes (https://www.sqlite.org/rescode.html) as SQLSTATEs.
@@ -26,9 +21,6 @@ _SQLSTATE_OF_SQLITE = {
     sqlite3.SQLITE_CORRUPT: "58030",
     sqlite3.SQLITE_NOTADB: "58030",
 }
-
-
-_READ_ONLY = "25006"
 
 
 def sqlstate(error: BaseException | None) -> str | None:
@@ -62,6 +54,11 @@ def is_stale_plan(error: BaseException | None) -> bool:
     )
 
 
+def is_read_only(error: BaseException | None) -> bool:
+    """Return whether a write failed because the server is a standby or its session read-only."""
+    return sqlstate(error) == "25006"
+
+
 def sqlite_engine(url: URL, pool_size: int, timeout: float) -> Engine:
     """Return an engine in autocommit. Locks are waited for during `timeout` seconds."""
     engine = create_engine(
@@ -80,82 +77,23 @@ def sqlite_engine(url: URL, pool_size: int, timeout: float) -> Engine:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 
-    event.listen(engine, "handle_error", _count_error)
-    return engine
-
-
-def postgresql_engine(url: URL, pool_size: int, timeout: float) -> AsyncEngine:
-    """Return an engine in autocommit. The server ends statements after `timeout` seconds.
-
-    With an empty `?options=` in the URL, the engine sends no `options`, because some poolers refuse
-    them. The server's timeouts then come from `ALTER ROLE ... SET statement_timeout` and
-    `idle_in_transaction_session_timeout`.
-    """
-    milliseconds = math.ceil(timeout * 1000)
-    defaults = {
-        "application_name": NAME,
-        # Not the database's encoding: psycopg would return the texts of SQL_ASCII as bytes.
-        "client_encoding": "utf8",
-        "connect_timeout": math.ceil(timeout),
-        # Limits the time until the loss of a server is noticed.
-        "tcp_user_timeout": milliseconds,
-        # A wait for a lock counts as part of its statement's time.
-        "options": f"-c statement_timeout={milliseconds}"
-        f" -c idle_in_transaction_session_timeout={milliseconds}",
-    }
-    engine = create_async_engine(
-        url,
-        pool_size=pool_size,
-        # A connection beyond the pool's size would be opened and closed for one statement.
-        max_overflow=0,
-        pool_timeout=timeout,
-        # Parameters include secrets, which must not get into a log.
-        hide_parameters=True,
-        # A ROLLBACK drops all prepared statements, so there is none: autocommit needs no rollback.
-        isolation_level="AUTOCOMMIT",
-        skip_autocommit_rollback=True,
-        # Parameters in the URL override the defaults. libpq does not send empty `options`.
-        connect_args={name: value for name, value in defaults.items() if name not in url.query},
-    )
-    event.listen(engine.sync_engine, "checkout", _refuse_closed_connection)
-    event.listen(engine.sync_engine, "handle_error", _disconnect)
-    event.listen(engine.sync_engine, "handle_error", _count_error)
+    event.listen(engine, "handle_error", count_error)
     return engine
 
 
 @event.listens_for(Engine, "do_connect")
 def _convert_prepare_threshold(_: object, __: object, ___: object, arguments: Any) -> None:
     """Convert psycopg's own parameter, which a URL contains as text, for all engines."""
+    convert_prepare_threshold(arguments)
+
+
+def convert_prepare_threshold(arguments: dict[str, Any]) -> None:
+    """Convert psycopg's own parameter, which a URL contains as text."""
     if isinstance(threshold := arguments.get("prepare_threshold"), str):
         arguments["prepare_threshold"] = int(threshold) if threshold.isdecimal() else None
 
 
-def _refuse_closed_connection(connection: Any, *_: object) -> None:
-    """Make the pool reconnect instead of handing out a connection that the server has closed.
-
-    An idle connection becomes readable only when the server closes it, and the kernel knows that.
-    `pool_pre_ping` would ask the server instead, at the cost of a round trip per statement.
-    """
-    connection = connection.driver_connection
-    if not connection.closed:
-        poll = select.poll()
-        poll.register(connection.fileno(), select.POLLIN)
-        if not poll.poll(0):
-            return
-    raise InvalidatePoolError
-
-
-def _disconnect(context: ExceptionContext) -> None:
-    """Drop all connections after an error that would repeat on each of them.
-
-    After a stale plan, because the other connections have prepared the statement too. After a write
-    on a read-only server, because a new connection may lead to the new primary.
-    """
-    error = context.original_exception
-    if is_stale_plan(error) or sqlstate(error) == _READ_ONLY:
-        context.is_disconnect = True
-
-
-def _count_error(context: ExceptionContext) -> None:
+def count_error(context: ExceptionContext) -> None:
+    """Count a failed statement by the class of its SQLSTATE."""
     state = sqlstate(context.original_exception)
     metrics.database_errors.labels(state[:2] if state else "none").inc()

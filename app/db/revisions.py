@@ -7,6 +7,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, String, column, table, text
 from sqlmodel import Session, select
 
+from app.db.admission import reads
 from app.errors import SchemaBehind, WrongDatabase
 
 SCRIPTS = Path(__file__).parents[2] / "alembic"
@@ -17,6 +18,7 @@ _CURRENT = select(table("alembic_version", column("version_num", String)).c.vers
 _DATABASE = text("SELECT getdatabaseencoding() = 'UTF8', current_schema() IS NOT NULL")
 
 
+@reads
 def current(session: Session) -> set[str]:
     """Return the revisions of the database: one, or none before the first migration."""
     return set(session.exec(_CURRENT))
@@ -38,6 +40,7 @@ def check_database(connection: Connection) -> None:
         )
 
 
+@reads
 def check_writable(session: Session) -> None:
     """Raise `WrongDatabase` if PostgreSQL is a standby or its sessions are read-only."""
     if session.get_bind().dialect.name != "postgresql":
@@ -61,6 +64,7 @@ class Revisions(NamedTuple):
         known = frozenset(script.revision for script in scripts.walk_revisions())
         return cls(scripts.get_current_head() or "base", known)
 
+    @reads
     def check(self, session: Session) -> None:
         """Return if this code works with the database, else raise `WrongDatabase`, `SchemaBehind`.
 
