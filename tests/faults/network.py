@@ -1,0 +1,161 @@
+"""A network between the service and PostgreSQL that can be slow, or lose all packets."""
+
+import asyncio
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
+
+import pytest
+from sqlalchemy import URL
+
+needs_iptables = pytest.mark.skipif(
+    shutil.which("iptables") is None
+    or subprocess.run(["iptables", "-w", "-L", "INPUT"], capture_output=True).returncode != 0,
+    reason="needs iptables and the right to use it",
+)
+
+
+@dataclass
+class Network:
+    """A TCP port on loopback that leads to a server."""
+
+    port: int
+    server: URL
+
+    @property
+    def url(self) -> URL:
+        """The server's URL by way of this network."""
+        return self.server.difference_update_query(["host"]).set(host="127.0.0.1", port=self.port)
+
+    @contextmanager
+    def losing_packets(self, client_ports: Sequence[int] = (0,)) -> Iterator[None]:
+        """Drop the packets of both directions during the block, without closing a socket.
+
+        Those of all clients, or of the clients with these ports.
+        """
+        rules = []
+        for client in client_ports:
+            for here, there in ((self.port, client), (client, self.port)):
+                ports = [("--sport", here), ("--dport", there)]
+                given = [part for name, port in ports if port for part in (name, str(port))]
+                rules.append(["INPUT", "-p", "tcp", *given])
+        for rule in rules:
+            subprocess.run(["iptables", "-w", "-I", *rule, "-j", "DROP"], check=True)
+        try:
+            yield
+        finally:
+            for rule in rules:
+                subprocess.run(["iptables", "-w", "-D", *rule, "-j", "DROP"], check=True)
+
+
+class _Relay:
+    def __init__(self, server: URL, delay: float) -> None:
+        self.server, self.delay = server, delay
+        self.port = 0
+        self.is_open = threading.Event()
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def run(self) -> None:
+        self.loop, self.end = asyncio.get_running_loop(), asyncio.Event()
+        listener = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.port = listener.sockets[0].getsockname()[1]
+        self.is_open.set()
+        await self.end.wait()
+        listener.close()
+        for writer in self.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if folder := self.server.query.get("host"):
+            opened = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+        else:
+            opened = await asyncio.open_connection(self.server.host, self.server.port)
+        self.writers += [writer, opened[1]]
+        await asyncio.gather(self._forward(reader, opened[1]), self._forward(opened[0], writer))
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                self.loop.call_later(self.delay, writer.write, data)
+            await asyncio.sleep(self.delay)
+        writer.close()
+
+
+@contextmanager
+def network(server: URL, round_trip_seconds: float = 0) -> Iterator[Network]:
+    """Relay a port to the server. Each direction takes half of the round trip."""
+    relay = _Relay(server, round_trip_seconds / 2)
+    thread = threading.Thread(target=lambda: asyncio.run(relay.run()))
+    thread.start()
+    relay.is_open.wait(5)
+    try:
+        yield Network(relay.port, server)
+    finally:
+        relay.loop.call_soon_threadsafe(relay.end.set)
+        thread.join()
+
+
+@dataclass
+class Sample:
+    """One request: when it was sent in seconds since the load's start, and how long it took."""
+
+    at: float
+    method: str
+    status: int
+    took: float
+
+
+class SteadyLoad:
+    """Sends requests at a fixed rate, whether responses come or not."""
+
+    def __init__(self, port: int, rate: float, requests: Sequence[tuple[str, str, object]]) -> None:
+        self.port, self.rate, self.requests = port, rate, requests
+        self.samples: list[Sample] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> Self:
+        self.start = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.start
+
+    def between(self, start: float, end: float = math.inf) -> list[Sample]:
+        """The requests that were sent in this time."""
+        return [sample for sample in self.samples if start <= sample.at < end]
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as sent:
+            for number in itertools.count():
+                if self._stop.is_set():
+                    return
+                sent.create_task(self._send(*self.requests[number % len(self.requests)]))
+                await asyncio.sleep(max(0, self.start + number / self.rate - time.monotonic()))
+
+    async def _send(self, method: str, path: str, body: object) -> None:
+        at = self.now
+        content = b"" if body is None else json.dumps(body).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = f"{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        status = int((await reader.readline()).split()[1])
+        await reader.read()
+        writer.close()
+        self.samples.append(Sample(at, method, status, self.now - at))
