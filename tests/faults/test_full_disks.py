@@ -1,26 +1,42 @@
-"""Full file systems and many worker restarts."""
+"""Full file systems, many worker restarts, and slow clients of imports and exports."""
 
 import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import URL
+from sqlalchemy import URL, Engine, text
 
+from app.api.spools import MAX_SPOOLS
 from tests.faults.load import Load
 from tests.service import (
     ROOT,
     Connection,
     Gunicorn,
+    Service,
     copy_project,
     gunicorn,
+    serve,
+    settings,
 )
 
+NDJSON = {"Content-Type": "application/x-ndjson"}
+LINE = b'{"name": "%s", "secret_name": "%s"}\n' % (b"n" * 200, b"s" * 200)
+HEAD = (
+    b"POST /heroes/import HTTP/1.1\r\nHost: heroes\r\nContent-Type: application/x-ndjson\r\n"
+    b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+)
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+CHUNK = b"%x\r\n%s\r\n" % (len(LINE), LINE)
 DISK_BYTES = 2 * 1024**2
 
 Series = dict[tuple[str, ...], float]
@@ -224,3 +240,130 @@ def test_the_service_starts_without_a_folder_for_metrics(database_url: URL, tmp_
         assert server.get("/heroes/").status == 200
         assert counters(server)[LISTS] == 1
         assert any("Metrics are incomplete" in line["message"] for line in server.log)
+
+
+def upload(client: httpx2.Client, size: int, **headers: str) -> httpx2.Response:
+    """Import valid lines with so many bytes, the last one with more spaces."""
+    body = LINE * (size // len(LINE))
+    body = body[:-1] + b" " * (size - len(body)) + b"\n"
+    return client.post("/heroes/import", content=body, headers=NDJSON | headers)
+
+
+def export(port: int, version: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+        plain.sendall(
+            b"GET /heroes/export HTTP/%s\r\nHost: heroes\r\nConnection: close\r\n\r\n"
+            % version.encode()
+        )
+        return b"".join(iter(lambda: plain.recv(65536), b""))
+
+
+def test_imports_and_stored_exports_without_space_are_507(
+    database_url: URL, database: Engine, tmp_path: Path, disk: Path
+) -> None:
+    with gunicorn(database_url, tmp_path, TMPDIR=str(disk), WEB_CONCURRENCY="1") as server:
+        client = httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20)
+        # The control: this body has space, and so it has after each refused one.
+        assert upload(client, DISK_BYTES).status_code == 200
+        for more in (1, 5000, DISK_BYTES):  # The first one fails only when the file is flushed.
+            response = upload(client, DISK_BYTES + more)
+            assert response.status_code == 507, more
+            assert response.json() == {"detail": "There is no space to store the data"}
+            assert upload(client, DISK_BYTES).status_code == 200
+        problem = upload(client, 2 * DISK_BYTES, Accept="application/problem+json").json()
+        assert (problem["title"], problem["status"]) == ("Insufficient Storage", 507)
+        with database.connect() as connection:
+            count = connection.execute(text("SELECT count(*) FROM hero")).scalar_one()
+        assert count == 4 * (DISK_BYTES // len(LINE))
+
+        assert b" 507 " in export(server.port, "1.0").splitlines()[0]
+        # The control: HTTP/1.1 needs no file.
+        fill(disk)
+        streamed = export(server.port, "1.1")
+        assert b" 200 " in streamed.splitlines()[0]
+        assert len(streamed) > DISK_BYTES
+        client.close()
+
+
+@contextlib.contextmanager
+def slow_import(port: int) -> Iterator[socket.socket]:
+    """An import whose body does not end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as plain:
+        plain.sendall(HEAD)
+        # Sent when the service starts to read the body.
+        assert plain.recv(len(CONTINUE), socket.MSG_WAITALL) == CONTINUE
+        plain.sendall(CHUNK)
+        yield plain
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_too_many_imports_at_the_same_time_are_503(service: Service) -> None:
+    with service.client() as client, contextlib.ExitStack() as stack:
+        for number in range(MAX_SPOOLS):
+            assert upload(client, 1000).status_code == 200, number
+            stack.enter_context(slow_import(service.port))
+        response = upload(client, 1000)
+        assert response.status_code == 503
+        assert response.json() == {"detail": "Too many imports and exports are in progress"}
+        assert response.headers["Retry-After"] == "10"
+        assert client.get("/heroes/").status_code == 200
+        assert client.get("/heroes/export").status_code == 200
+        stack.close()
+        until(lambda: upload(client, 1000).status_code == 200)
+
+
+def test_an_import_that_does_not_end_is_408_and_releases_its_file(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service.client() as client, contextlib.ExitStack() as stack:
+        # The control: the same client is served if it ends in time.
+        with slow_import(service.port) as plain:
+            time.sleep(1)
+            plain.sendall(b"0\r\n\r\n")
+            assert plain.recv(65536).startswith(b"HTTP/1.1 200 ")
+        monkeypatch.setattr("app.api.bulk.SPOOL_TIMEOUT_SECONDS", 1)
+        slow = [stack.enter_context(slow_import(service.port)) for _ in range(MAX_SPOOLS)]
+        assert upload(client, 1000).status_code == 503
+        for plain in slow:
+            response = b"".join(iter(lambda plain=plain: plain.recv(65536), b""))  # type: ignore[misc]
+            assert response.startswith(b"HTTP/1.1 408 ")
+            assert b"\r\nconnection: close\r\n" in response
+            assert response.endswith(b'{"detail":"The body took longer than 1 seconds"}')
+        assert upload(client, 1000).status_code == 200
+
+
+def test_a_stored_export_that_a_client_does_not_read_is_aborted(
+    database_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        with serve(settings(database_url), fd=listener.fileno()):
+            port = listener.getsockname()[1]
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                assert upload(client, 2 * DISK_BYTES).status_code == 200
+
+            def export(pause: float) -> tuple[int, int]:
+                """Return the announced and the received number of bytes."""
+                with socket.socket() as plain:
+                    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    plain.connect(("127.0.0.1", port))
+                    plain.sendall(b"GET /heroes/export HTTP/1.0\r\n\r\n")
+                    response = plain.recv(4096)
+                    time.sleep(pause)
+                    with contextlib.suppress(ConnectionResetError):
+                        while part := plain.recv(2**20):
+                            response += part
+                head, _, body = response.partition(b"\r\n\r\n")
+                return int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]), len(body)
+
+            announced, received = export(1.5)  # The control.
+            assert announced == received
+            monkeypatch.setattr("app.api.spools.SPOOL_TIMEOUT_SECONDS", 0.5)
+            announced, received = export(1.5)
+            assert announced > received
