@@ -4,6 +4,7 @@ It listens on 127.0.0.1:8000, or on all addresses if PORT is set.
 """
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -41,13 +42,38 @@ control_socket_disable = True
 # gunicorn logs in the same format as the app.
 logconfig_dict = logs.configuration(settings.log_level, settings.log_format)
 
-# The files in which all workers of this master collect their metrics. After a rolling restart the
+# The folder in which all workers of this master collect their metrics. After a rolling restart the
 # new master starts from zero, as after any restart.
 _own = f"{NAME}-metrics-{os.getpid()}-"
 _metrics = os.environ.get("PROMETHEUS_MULTIPROC_DIR", worker_tmp_dir)
+_metrics_error = None
 if not os.path.basename(_metrics or "").startswith(_own):  # noqa: PTH119  (HUP runs this again.)
-    _metrics = tempfile.mkdtemp(prefix=_own, dir=_metrics)
-os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
+    try:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix=_own, dir=_metrics)
+    except OSError as error:
+        os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+        _metrics_error = error
+
+
+def on_starting(server):  # noqa: ANN001
+    """Warn if there is no folder for the metrics. The service needs none."""
+    if _metrics_error:
+        message = "Metrics are incomplete: /metrics returns those of one worker: %s"
+        server.log.warning(message, _metrics_error)
+
+
+def pre_fork(server, worker):  # noqa: ANN001
+    """Give the worker the lowest number that no other worker has."""
+    taken = {other.number for other in server.WORKERS.values()}
+    worker.number = next(number for number in itertools.count(1) if number not in taken)
+
+
+def post_fork(server, worker):  # noqa: ANN001, ARG001
+    """Let the worker continue the metrics of the ended worker with its number."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from app.telemetry import metric_files
+
+        metric_files.use(worker.number)
 
 
 def post_worker_init(worker):  # noqa: ANN001
@@ -73,10 +99,12 @@ def post_worker_init(worker):  # noqa: ANN001
 
 def child_exit(server, worker):  # noqa: ANN001, ARG001
     """Remove the gauges of a worker that has ended. Its counters stay."""
-    from prometheus_client.multiprocess import mark_process_dead
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from prometheus_client.multiprocess import mark_process_dead
 
-    mark_process_dead(worker.pid)
+        mark_process_dead(worker.number)
 
 
 def on_exit(server):  # noqa: ANN001, ARG001
-    shutil.rmtree(_metrics, ignore_errors=True)
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
-from app.api.middleware import BodyLimit, LengthForHTTP10, Observe
+from app.api.middleware import BodyLimit, Observe
 from app.db.database import Database
 from app.db.revisions import Revisions
 from app.settings import Settings
@@ -72,5 +72,4 @@ def create_app(settings: Settings) -> FastAPI:
     exception_handlers.register(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(Observe)
-    app.add_middleware(LengthForHTTP10)
     return app

@@ -36,6 +36,14 @@ class ImportTooLarge(Exception):
     """The import has more bytes than allowed, counted after decompression."""
 
 
+class TooManySpools(Exception):
+    """This worker stores as many imports and exports in temporary files as it may."""
+
+
+class StorageFull(Exception):
+    """There is no space for a temporary file."""
+
+
 class NotAuthenticated(Exception):
     """The request has no token, or an unknown one."""
 

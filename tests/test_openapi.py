@@ -80,6 +80,13 @@ def test_every_status_parameter_and_header_has_a_description_and_an_example(
                 assert has_example(content, schema), where
 
 
+def test_the_limits_of_imports_and_exports_are_documented(schema: dict[str, Any]) -> None:
+    responses = schema["paths"]["/heroes/import"]["post"]["responses"]
+    assert {"408", "413", "503", "507"} <= set(responses)
+    assert "Retry-After" in responses["503"]["headers"]
+    assert "507" in schema["paths"]["/heroes/export"]["get"]["responses"]
+
+
 def test_a_plain_route_without_parameters_is_documented(tmp_path: Path) -> None:
     app = create_app(settings(make_url(f"sqlite:///{tmp_path}/heroes.db")))
     app.add_api_route("/plain", lambda: {"ok": True})

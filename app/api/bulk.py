@@ -4,7 +4,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from functools import partial
-from tempfile import SpooledTemporaryFile
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,8 +13,9 @@ from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.api.middleware import MAX_IMPORT_BYTES, MAX_SPOOL_BYTES
+from app.api.middleware import MAX_IMPORT_BYTES
 from app.api.parameters import check_single
+from app.api.spools import SPOOL_TIMEOUT_SECONDS, StoredResponse, open_spool
 from app.db.crud import Crud, Rows
 from app.db.database import Database
 from app.db.pagination import Page
@@ -66,7 +66,8 @@ async def export_rows(
     # Before the response starts, so that an error still gets its status.
     rows = await database.run(crud.list, page)
     filename = f"{request.scope['path'].split('/')[-2]}.{file_format}"
-    return StreamingResponse(
+    response_class = StoredResponse if request.scope["http_version"] == "1.0" else StreamingResponse
+    return response_class(
         _lines(database, crud, page, rows, file_format),
         media_type=MEDIA_TYPES[file_format],
         headers={
@@ -95,12 +96,16 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
     """
     file_format = _content_format(request.headers.get("content-type", ""))
     gzipped = _is_gzip(request.headers.get("content-encoding", "identity"))
-    with SpooledTemporaryFile(MAX_SPOOL_BYTES) as spool:
+    with open_spool() as spool:
         try:
-            async for chunk in request.stream():
-                spool.write(chunk)
+            async with asyncio.timeout(SPOOL_TIMEOUT_SECONDS):
+                async for chunk in request.stream():
+                    spool.write(chunk)
         except ClientDisconnect:
             raise HTTPException(400, "The body ended early") from None
+        except TimeoutError:
+            detail = f"The body took longer than {SPOOL_TIMEOUT_SECONDS} seconds"
+            raise HTTPException(408, detail, {"Connection": "close"}) from None
         rows = partial(
             read_rows,
             *(crud.create_model, spool, file_format),

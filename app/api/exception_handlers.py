@@ -42,6 +42,10 @@ EXCEPTIONS: dict[type[Exception], ErrorResponse] = {
     errors.NotFound: ErrorResponse(404),
     errors.Changed: ErrorResponse(412),
     errors.ImportTooLarge: ErrorResponse(413, "The import is too large"),
+    errors.TooManySpools: ErrorResponse(
+        503, "Too many imports and exports are in progress", {"Retry-After": "10"}
+    ),
+    errors.StorageFull: ErrorResponse(507, "There is no space to store the data"),
     errors.NotAuthenticated: ErrorResponse(
         401, "Not authenticated", {"WWW-Authenticate": "Bearer"}
     ),

@@ -6,7 +6,6 @@ import re
 import time
 from functools import cache
 from random import getrandbits
-from tempfile import SpooledTemporaryFile
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,7 +21,6 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 * 1024
 # As sent, and after decompression. The command `import` has no limit.
 MAX_IMPORT_BYTES = 1024**3
-MAX_SPOOL_BYTES = 1024**2  # In memory. More is stored in a file.
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 # Valid ids that a client may choose for its request. The response and the log contain them.
@@ -114,43 +112,6 @@ def _client_request_id(scope: Scope) -> str | None:
         if name == b"x-request-id":
             return value.decode() if _REQUEST_ID.fullmatch(value) else None
     return None
-
-
-class LengthForHTTP10:
-    """Gives a streamed response to an HTTP/1.0 client a Content-Length.
-
-    uvicorn would send it in chunks, which RFC 9112 (section 6.1) forbids. The response is stored in
-    a file first. nginx, for example, speaks HTTP/1.0 to its servers by default.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["http_version"] != "1.0":
-            await self.app(scope, receive, send)
-            return
-
-        start: Message = {}
-        with SpooledTemporaryFile(MAX_SPOOL_BYTES) as spool:
-
-            async def stored(message: Message) -> None:
-                nonlocal start
-                if message["type"] == "http.response.start":
-                    start = message
-                    return
-                spool.write(message.get("body", b""))
-
-            await self.app(scope, receive, stored)
-            names = {name.lower() for name, _ in start["headers"]}
-            if b"content-length" not in names and start["status"] not in (204, 304):
-                length = str(spool.tell()).encode()
-                start["headers"] = [*start["headers"], (b"content-length", length)]
-            await send(start)
-            spool.seek(0)
-            while part := spool.read(MAX_SPOOL_BYTES):
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body"})
 
 
 class BodyLimit:

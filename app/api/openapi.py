@@ -67,12 +67,14 @@ _DESCRIPTIONS = {
     401: "The request has no valid token",
     403: "The scope of the token does not allow this",
     404: "No row has this id",
+    408: "The body took too long",
     409: "The request conflicts with stored data",
     412: "The row has changed",
     413: "The body is too large",
     415: "The Content-Type or the Content-Encoding is not supported",
     422: "The request is not valid",
-    503: "The database is unavailable",
+    503: "The database is unavailable, or the service is busy",
+    507: "The service has no space to store the data",
 }
 # The errors of every route, for `include_router`.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -102,8 +104,8 @@ _OF_PARAMETERS: dict[str, tuple[list[int], list[str]]] = {
     "if-none-match": ([304], ["ETag"]),
     "idempotency-key": ([], ["ETag", "Location", "Idempotency-Replayed"]),
     "after": ([], ["Link", "X-Total-Count"]),
-    "format": ([], ["Content-Disposition", "Vary"]),
-    "Content-Encoding": ([415], []),
+    "format": ([507], ["Content-Disposition", "Vary"]),
+    "Content-Encoding": ([408, 415, 507], []),
 }
 
 
