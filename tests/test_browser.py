@@ -30,7 +30,7 @@ class Browser:
     def __init__(self, driver: httpx2.Client, profile: Path) -> None:
         arguments = [
             *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
-            *("--window-size=1200,1600", f"--user-data-dir={profile}"),
+            *("--window-size=1200,3200", f"--user-data-dir={profile}"),
             # No name has an address, so that a request to another host fails everywhere.
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         ]
