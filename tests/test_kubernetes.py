@@ -140,6 +140,9 @@ def test_the_ports_are_those_of_the_image() -> None:
     assert {service["targetPort"], rule["ports"][0]["port"], *named} == {port["name"]}
     annotations = DEPLOYMENT["template"]["metadata"]["annotations"]
     assert annotations["prometheus.io/port"] == str(port["containerPort"])
+    *_, database = BY_KIND["NetworkPolicy"]["spec"]["egress"]
+    urls = variables(API)["DATABASE_URL"], variables(MIGRATION)["MIGRATION_DATABASE_URL"]
+    assert [each["port"] for each in database["ports"]] == [*{make_url(url).port for url in urls}]
 
 
 def test_the_paths_exist(tmp_path: Path) -> None:

@@ -21,17 +21,23 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def complaints(unit: Path) -> list[str]:
+    """Return the lines of systemd about this unit, without those about the machine's units."""
+    lines = analyze("verify", "--man=no", unit).stderr.splitlines()
+    return [line for line in lines if unit.name in line]
+
+
 @needs_systemd
 def test_the_unit_is_valid(tmp_path: Path) -> None:
     unit = tmp_path / UNIT.name
     # The commands of this environment, because they must exist.
     content = UNIT.read_text().replace("/srv/heroes/.venv/bin", str(BIN))
     unit.write_text(content)
-    verified = analyze("verify", "--man=no", unit)
-    assert (verified.returncode, verified.stderr) == (0, "")
+    assert complaints(unit) == []
     # The control: an unknown key is refused.
     unit.write_text(content.replace("KillMode=mixed", "KillMod=mixed"))
-    assert "KillMod" in analyze("verify", "--man=no", unit).stderr
+    [complaint] = complaints(unit)
+    assert "KillMod" in complaint
 
 
 @needs_systemd
