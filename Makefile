@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 T ?= tests
 
-.PHONY: help install run test check lint format lock bench
+.PHONY: help install run test check lint format lock bench openapi
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
@@ -16,6 +16,7 @@ help:
 	@echo "make format   ruff's formatter"
 	@echo "make install  create .venv from the hashed lock"
 	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
+	@echo "make openapi  renew docs/openapi.json"
 	@echo "make lock     resolve the dependencies into the hashed locks"
 
 install: .venv/project
@@ -58,9 +59,14 @@ bench: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks $(BENCH)
 
+openapi: install
+	$(BIN)/python -m tests.openapi > docs/openapi.json
+
 UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" --upgrade
 
 lock: install
 	$(UV_COMPILE) pyproject.toml --output-file requirements.txt
 	$(UV_COMPILE) pyproject.toml --group dev --constraint requirements.txt --output-file requirements-dev.txt
 	$(UV_COMPILE) pyproject.toml --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
+	$(UV_COMPILE) --group pyproject.toml:clients --output-file tests/clients/requirements.txt
+	npm --prefix tests/clients update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund

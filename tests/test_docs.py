@@ -77,7 +77,8 @@ def test_every_setting_is_in_the_table(field: str) -> None:
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_path_that_a_page_names_exists(page: Path) -> None:
     named = re.findall(
-        r"`((?:app|alembic|docker|tests|benchmarks)/[\w/.]*)`|\]\(([\w./]+)\)", page.read_text()
+        r"`((?:app|alembic|deploy|docker|tests|benchmarks)/[\w/.]*)`|\]\(([\w./]+)\)",
+        page.read_text(),
     )
     paths = [ROOT / inside if inside else page.parent / linked for inside, linked in named]
     assert [path for path in paths if not path.exists()] == []

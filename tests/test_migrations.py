@@ -429,6 +429,7 @@ def test_missing_rights_and_a_read_only_server_are_reported_in_one_line(
     name = sql.Identifier(role)
     with postgres.connect(empty_database.database) as connection:
         connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(name))
+        connection.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")  # As in PostgreSQL 15.
         without_rights = empty_database.set(username=role, password="x")
         try:
             denied = migrate(without_rights, "upgrade", "head", check=False)
