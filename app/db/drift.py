@@ -1,0 +1,123 @@
+"""The differences between a table of the models and the same table of a database.
+
+`alembic check` compares neither lengths of text, CHECK constraints, primary keys, collations nor
+partial indexes.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Session
+
+from app.db.engine import sqlstate
+
+# For exec_driver_sql: a % in the statement does not begin a parameter.
+LITERALLY = {"no_parameters": True}
+INSUFFICIENT_PRIVILEGE = "42501"
+
+
+class _Part(NamedTuple):
+    """A part of a definition, and its expression if PostgreSQL may print that in another form."""
+
+    text: str
+    expression: str | None = None
+
+
+_Definition = list[_Part]
+
+
+def differences(session: Session, model: sa.Table, table: sa.Table) -> Iterator[str]:
+    """Yield one line for each column, constraint or index that differs."""
+    expected, found = _definitions(session, model), _definitions(session, table)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            yield f"{model.name}: the {name} is missing: {_text(expected[name])}"
+        elif name not in expected:
+            yield f"{model.name}: the {name} is not in the models: {_text(found[name])}"
+        elif not _are_equal(session, table, expected[name], found[name]):
+            is_found, is_expected = _text(found[name]), _text(expected[name])
+            yield f"{model.name}: the {name} is {is_found}, the models have {is_expected}"
+
+
+def _text(definition: _Definition) -> str:
+    return " ".join(part.text for part in definition)
+
+
+def _definitions(session: Session, table: sa.Table) -> dict[str, _Definition]:
+    """Return the columns, constraints and indexes by name."""
+    dialect = session.get_bind().dialect
+    names = dialect.identifier_preparer
+
+    def sql(element: Any) -> str:
+        clause = sa.text(element) if isinstance(element, str) else element
+        options = {"literal_binds": True, "include_table": False}
+        return str(clause.compile(dialect=dialect, compile_kwargs=options))
+
+    def listed(elements: Iterable[Any]) -> str:
+        return f"({', '.join(sql(element) for element in elements)})"
+
+    definitions: dict[str, _Definition] = {}
+    for column in table.columns:
+        column_type = column.type.compile(dialect)
+        definition = [_Part(column_type, f"CAST(NULL AS {column_type})")]
+        if not column.nullable:
+            definition.append(_Part("NOT NULL"))
+        default = dialect.ddl_compiler(dialect, None).get_column_default_string(column)  # type: ignore[arg-type]
+        if column is table.autoincrement_column or "nextval(" in (default or ""):
+            definition.append(_Part("WITH A SEQUENCE"))  # The models do not name it.
+        elif default:
+            definition.append(_Part(f"DEFAULT {default}", f"CAST({default} AS {column_type})"))
+        definitions[f"column {column.name}"] = definition
+    for constraint in table.constraints:
+        # SQLite has constraints without names.
+        named = constraint.name is not None
+        name = f"constraint {names.format_constraint(constraint) if named else ''}".strip()
+        if isinstance(constraint, sa.CheckConstraint):
+            condition = sql(constraint.sqltext)
+            definitions[name] = [_Part(f"CHECK ({condition})", condition)]
+        elif isinstance(constraint, sa.ForeignKeyConstraint):
+            referenced = ", ".join(element.target_fullname for element in constraint.elements)
+            action = (constraint.ondelete or "NO ACTION").upper()
+            reference = f"REFERENCES {referenced} ON DELETE {action}"
+            definitions[name] = [_Part(f"FOREIGN KEY {listed(constraint.columns)} {reference}")]
+        elif isinstance(constraint, sa.UniqueConstraint):
+            definitions[name] = [_Part(f"UNIQUE {listed(constraint.columns)}")]
+    if table.primary_key.columns:
+        definitions["primary key"] = [_Part(listed(table.primary_key.columns))]
+    for index in table.indexes:
+        definition = [_Part("UNIQUE" if index.unique else "INDEX")]
+        definition.append(_Part(elements := listed(index.expressions), elements))
+        if (where := index.dialect_options[dialect.name].get("where")) is not None:
+            definition.append(_Part(f"WHERE {(condition := sql(where))}", condition))
+        definitions[f"index {names.format_index(index)}"] = definition
+    return definitions
+
+
+def _are_equal(session: Session, table: sa.Table, one: _Definition, other: _Definition) -> bool:
+    def is_same(part: _Part, its: _Part) -> bool:
+        if part.text == its.text or not (part.expression and its.expression):
+            return part.text == its.text
+        return _printed(session, table, part.expression) == _printed(session, table, its.expression)
+
+    return len(one) == len(other) and all(map(is_same, one, other))
+
+
+def _printed(session: Session, table: sa.Table, expression: str) -> str:
+    """Return an expression as PostgreSQL prints it: BETWEEN becomes >= and <=.
+
+    EXPLAIN parses the expression and prints it again. It does not read the table.
+    """
+    dialect = session.get_bind().dialect
+    if dialect.name != "postgresql":
+        return "".join(expression.split())
+    name = dialect.identifier_preparer.format_table(table)
+    explain = f"EXPLAIN (VERBOSE, FORMAT JSON) SELECT {expression} FROM {name}"  # noqa: S608
+    try:
+        result = session.connection().exec_driver_sql(explain, execution_options=LITERALLY)
+        return str(result.scalar_one()[0]["Plan"]["Output"])
+    except DBAPIError as error:
+        if sqlstate(error.orig) == INSUFFICIENT_PRIVILEGE:
+            raise
+        return expression
