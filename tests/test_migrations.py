@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import uuid
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,48 @@ def test_there_is_one_head_and_the_files_sort_in_the_order_of_the_revisions() ->
     assert SCRIPTS.get_heads() == [HEAD]
     files = sorted(Path(SCRIPTS.versions).glob("*.py"))
     assert [re.split("_", file.name)[3] for file in files] == REVISIONS
+
+
+def changed_revisions(root: Path) -> list[str]:
+    """Return the released revisions whose files differ from the recorded hashes."""
+    lines = (root / "alembic" / "released.sha256").read_text().splitlines()
+    released = [line.split("  ") for line in lines]
+    return [
+        path
+        for digest, path in released
+        if not (file := root / path).exists() or sha256(file.read_bytes()).hexdigest() != digest
+    ]
+
+
+def test_released_revisions_are_not_changed(tmp_path: Path) -> None:
+    assert changed_revisions(ROOT) == [], (
+        "databases have already run these revisions: restore the files as docs/releases.md"
+        " describes, and put the change into a new revision"
+    )
+    project = copy_project(tmp_path)
+    first, second, *_ = sorted((project / "alembic" / "versions").glob("*.py"))
+    first.write_text(first.read_text() + "\n")
+    second.unlink()
+    changed = [str(file.relative_to(project)) for file in (first, second)]
+    assert changed_revisions(project) == changed, "control"
+
+
+def test_the_last_archive_contains_the_released_revisions() -> None:
+    archive = max((ROOT / "tests" / "releases").glob("*.tar.gz"), key=version_of)
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if re.fullmatch(r"alembic/versions/.*\.py", name)]
+        contents = [tar.extractfile(name) for name in names]
+        hashes = [
+            f"{sha256(file.read()).hexdigest()}  {name}"
+            for file, name in zip(contents, names, strict=True)
+            if file
+        ]
+    recorded = (ROOT / "alembic" / "released.sha256").read_text().splitlines()
+    assert sorted(hashes) == sorted(recorded)
+
+
+def version_of(archive: Path) -> list[int]:
+    return [int(part) for part in archive.name.removesuffix(".tar.gz").split(".")]
 
 
 def test_every_revision_upgrades_downgrades_and_upgrades_again_with_rows(
