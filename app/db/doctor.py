@@ -3,13 +3,12 @@
 They concern only the tables of the models, and need no privilege beyond the service's.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, NoSuchTableError, SAWarning
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session, SQLModel
 
 from app.db import drift, idempotency, revisions  # noqa: F401  (Fills SQLModel.metadata.)
@@ -225,31 +224,17 @@ def _check_revision(session: Session) -> Iterator[str]:
         yield f"the database is at {found}, which this code does not know: use the newer release"
 
 
-def _tables(session: Session) -> Iterator[tuple[sa.Table, sa.Table | None]]:
-    """Yield each table of the models, and the same table as it is in the database."""
-    for model in SQLModel.metadata.sorted_tables:
-        options: dict[str, Any] = {"autoload_with": session.connection(), "resolve_fks": False}
-        try:
-            # SQLAlchemy warns of its own reflection of constraints that are NOT VALID.
-            with warnings.catch_warnings(action="ignore", category=SAWarning):
-                table = sa.Table(model.name, sa.MetaData(), **options)
-        except NoSuchTableError:
-            yield model, None
-        else:
-            yield model, table
-
-
 def _check_drift(session: Session) -> Iterator[str]:
-    for model, table in _tables(session):
-        if table is None:
+    for model in SQLModel.metadata.sorted_tables:
+        if (table := drift.reflect(session, model)) is None:
             yield f"the table {model.name} is missing"
         else:
             yield from drift.differences(session, model, table)
 
 
 def _check_foreign_keys(session: Session) -> Iterator[str]:
-    for _, table in _tables(session):
-        if table is None:
+    for model in SQLModel.metadata.sorted_tables:
+        if (table := drift.reflect(session, model)) is None:
             continue
         for key in table.foreign_key_constraints:
             columns = list(key.columns)

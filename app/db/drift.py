@@ -4,11 +4,12 @@
 partial indexes.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, NoSuchTableError, SAWarning
 from sqlmodel import Session
 
 from app.db.engine import sqlstate
@@ -28,10 +29,29 @@ class _Part(NamedTuple):
 _Definition = list[_Part]
 
 
+def reflect(session: Session, model: sa.Table) -> sa.Table | None:
+    """Return the table of the database with the name of the model, or None if it is missing."""
+    options: dict[str, Any] = {"autoload_with": session.connection(), "resolve_fks": False}
+    # SQLAlchemy warns of constraints that are NOT VALID, and of expressions in SQLite's indexes.
+    with warnings.catch_warnings(action="ignore", category=SAWarning):
+        try:
+            return sa.Table(model.name, sa.MetaData(), **options)
+        except NoSuchTableError:
+            return None
+
+
 def differences(session: Session, model: sa.Table, table: sa.Table) -> Iterator[str]:
     """Yield one line for each column, constraint or index that differs."""
     expected, found = _definitions(session, model), _definitions(session, table)
-    for name in sorted(expected.keys() | found.keys()):
+    names = expected.keys() | found.keys()
+    if session.get_bind().dialect.name == "sqlite":
+        # SQLAlchemy does not reflect expressions in indexes of SQLite.
+        names -= {
+            f"index {index.name}"
+            for index in model.indexes
+            if not all(isinstance(each, sa.Column) for each in index.expressions)
+        }
+    for name in sorted(names):
         if name not in found:
             yield f"{model.name}: the {name} is missing: {_text(expected[name])}"
         elif name not in expected:
@@ -42,7 +62,8 @@ def differences(session: Session, model: sa.Table, table: sa.Table) -> Iterator[
 
 
 def _text(definition: _Definition) -> str:
-    return " ".join(part.text for part in definition)
+    # SQLAlchemy doubles each %, for the driver.
+    return " ".join(part.text for part in definition).replace("%%", "%")
 
 
 def _definitions(session: Session, table: sa.Table) -> dict[str, _Definition]:
@@ -60,7 +81,10 @@ def _definitions(session: Session, table: sa.Table) -> dict[str, _Definition]:
 
     definitions: dict[str, _Definition] = {}
     for column in table.columns:
-        column_type = column.type.compile(dialect)
+        is_known = not isinstance(column.type, sa.types.NullType)
+        column_type = (
+            column.type.compile(dialect) if is_known else "of a type unknown to SQLAlchemy"
+        )
         definition = [_Part(column_type, f"CAST(NULL AS {column_type})")]
         if not column.nullable:
             definition.append(_Part("NOT NULL"))
