@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy import URL, Engine, create_engine, text
 from sqlmodel import Session
 
 from app.db.doctor import findings
@@ -467,3 +467,22 @@ def test_a_not_null_constraint_that_is_not_valid_is_a_finding(
         "the constraint c of hero is NOT VALID, 1 rows violate it: correct them, then"
         " ALTER TABLE hero VALIDATE CONSTRAINT c"
     ]
+
+
+@postgresql_only
+def test_a_statement_timeout_of_the_role_does_not_end_the_checks(
+    database: Engine, found: Found, services_url: URL
+) -> None:
+    run(
+        database,
+        f"ALTER ROLE {services_url.username} SET statement_timeout = '500ms';\n"
+        "ALTER TABLE hero ADD CONSTRAINT later CHECK (age < 200) NOT VALID;\n"
+        "ALTER TABLE hero ALTER COLUMN version SET DEFAULT 0;\n"
+        "REVOKE USAGE ON SEQUENCE hero_id_seq FROM PUBLIC, " + str(services_url.username),
+    )
+    with database.connect() as connection:
+        connection.execute(text("BEGIN"))
+        connection.execute(text("LOCK TABLE hero"))
+        canceled = "not checked: canceling statement due to statement timeout"
+        lacks = "the role SERVICE lacks USAGE on the sequence hero_id_seq"
+        assert set(found()) == {canceled, lacks}
