@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 T ?= tests
 
-.PHONY: help install run test check lint format lock bench openapi
+.PHONY: help install run test check lint format lock bench openapi release
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
 	@echo "make openapi  renew docs/openapi.json"
 	@echo "make lock     resolve the dependencies into the hashed locks"
+	@echo "make release  record the release of the last commit: see docs/releases.md"
 
 install: .venv/project
 
@@ -70,3 +71,12 @@ lock: install
 	$(UV_COMPILE) pyproject.toml --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
 	$(UV_COMPILE) --group pyproject.toml:clients --output-file tests/clients/requirements.txt
 	npm --prefix tests/clients update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
+
+# The code for the next release's tests, and a hash of each revision. Refuses a changed revision.
+RELEASED = alembic/released.sha256
+release: VERSION = $(shell $(BIN)/python -c 'import app; print(app.__version__)')
+release: install
+	! test -e $(RELEASED) || sha256sum --quiet --check $(RELEASED)
+	mkdir -p tests/releases
+	git archive --output tests/releases/$(VERSION).tar.gz HEAD app alembic alembic.ini gunicorn.conf.py pyproject.toml
+	sha256sum alembic/versions/*.py > $(RELEASED)

@@ -13,6 +13,7 @@ from sqlmodel import SQLModel
 # The imports of models and idempotency fill SQLModel.metadata.
 from app import models  # noqa: F401
 from app.db import idempotency, migrations, revisions  # noqa: F401
+from app.db.engine import sqlstate
 from app.errors import WrongDatabase
 from app.settings import from_environment
 from app.telemetry import logs
@@ -93,17 +94,20 @@ def is_newer() -> bool:
     """Return whether a newer release has upgraded the database. Then `upgrade` does nothing.
 
     This makes it possible to go back to the previous release: its code works on the newer schema.
+    Raises `WrongDatabase` for the other commands, except `stamp`, which can correct the revision.
     """
-    if invoked is not command.upgrade:
-        return False
     known = {script.revision for script in context.script.walk_revisions()}
     newer = set(context.get_context().get_current_heads()) - known
-    if newer:
-        migrations.logger.warning(
-            "The database is at %s, which this code does not know: a newer release has upgraded it",
-            ", ".join(sorted(newer)),
-        )
-    return bool(newer)
+    if not newer or invoked is command.stamp:
+        return False
+    message = (
+        f"The database is at {', '.join(sorted(newer))}, which this code does not know:"
+        " a newer release has upgraded it"
+    )
+    if invoked is not command.upgrade:
+        raise WrongDatabase(message)
+    migrations.logger.warning(message)
+    return True
 
 
 try:
@@ -116,6 +120,9 @@ try:
         run_online()
 except DBAPIError as error:
     # One line instead of a traceback, because the code is not the cause.
-    raise CommandError(str(error.orig).splitlines()[0]) from error
+    line = str(error.orig).splitlines()[0]
+    if sqlstate(error.orig) == "42501":
+        line += ": set MIGRATION_DATABASE_URL to the role that owns the schema"
+    raise CommandError(line) from error
 except WrongDatabase as error:
     raise CommandError(str(error)) from error

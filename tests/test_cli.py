@@ -39,7 +39,7 @@ def test_python_dash_m_app_is_the_same_command(tmp_path: Path) -> None:
     ]
     assert helps[0].returncode == helps[1].returncode == 0
     assert helps[0].stdout == helps[1].stdout
-    assert all(command in helps[0].stdout for command in ("import", "export", "seed"))
+    assert all(command in helps[0].stdout for command in ("import", "export", "seed", "doctor"))
 
 
 def test_files_of_every_format_are_imported_and_exported(

@@ -142,7 +142,7 @@ def test_an_import_and_the_command_work_in_the_containers(stack: Stack) -> None:
         assert imported.json() == {"created": 50_000}
         exported = client.get("/heroes/export").content.splitlines()
         assert len(exported) == before + 50_000
-    by_the_command = stack.run("docker compose exec -T api python -m app export -")
+    by_the_command = stack.run("docker compose exec -T api heroes export -")
     assert by_the_command.stdout.encode().splitlines() == exported
     stack.sql("DELETE FROM hero WHERE name = 'Imported'", role="heroes_app")
 
@@ -200,6 +200,17 @@ def test_the_containers_can_do_no_more_than_they_must(stack: Stack) -> None:
     assert "db 5432/tcp" in ports
     image = stack.run("docker compose exec -T api sh -c 'ls; ls /venv/bin'").stdout.split()
     assert not {"tests", "requirements.txt", "pip", "gcc"} & set(image)
+
+
+def test_the_doctor_finds_nothing_in_a_new_stack_and_finds_a_grant(stack: Stack) -> None:
+    doctor = "docker compose run --rm --no-deps -T api heroes doctor"
+    stack.sql("ANALYZE")  # Other tests import thousands of rows.
+    assert stack.run(doctor, check=False).stdout == "no findings\n"
+    stack.sql("GRANT TRUNCATE ON hero TO heroes_app")
+    found = stack.run(doctor, check=False)
+    stack.sql("REVOKE TRUNCATE ON hero FROM heroes_app")
+    assert found.returncode == 1
+    assert found.stdout.startswith("the role heroes_app has TRUNCATE on the table hero, which")
 
 
 def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack) -> None:
