@@ -7,7 +7,7 @@ from functools import partial
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlmodel import SQLModel
@@ -116,20 +116,6 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
             load, crud, rows(), timeout=IMPORT_TIMEOUT_SECONDS
         )
     return JSONResponse({"created": count})
-
-
-def refuse_other_methods(router: APIRouter) -> None:
-    """Respond to other methods of the export and the import with 405.
-
-    Without it, they would reach a route like `/{id}`, which refuses the path as an invalid id.
-    """
-    for path, method in (("/export", "GET"), ("/import", "POST")):
-
-        async def method_not_allowed(allowed: str = method) -> None:
-            raise HTTPException(405, headers={"Allow": allowed})
-
-        others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - {method})
-        router.add_api_route(path, method_not_allowed, methods=others, include_in_schema=False)
 
 
 def export_docs(model: type[SQLModel]) -> dict[str, Any]:

@@ -125,6 +125,8 @@ class BoundedProtocol(HttpToolsProtocol):
         fields = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
+            (b"cache-control", b"no-store"),
+            (b"x-content-type-options", b"nosniff"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
