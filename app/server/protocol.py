@@ -13,6 +13,8 @@ MAX_HEAD_FIELDS = 100
 # the response, at a rate of at least this many bytes in this time.
 CLIENT_TIMEOUT_SECONDS = 10
 MIN_PROGRESS_BYTES = 1024
+# Seconds after which a draining worker closes an idle connection.
+DRAINING_KEEP_ALIVE_SECONDS = 5
 
 
 class _HeadTooLarge(Exception):
@@ -68,9 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._slow = None
         if not self._reading and self.cycle.response_complete and not self.timeout_keep_alive_task:
             # Empty lines between requests cancel uvicorn's timer without starting a request.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._start_keep_alive_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -107,6 +107,14 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         self._watch_unread()
 
+    def drain(self) -> None:
+        """Close the connection after its next response, or if it stays idle."""
+        if self.cycle and not self.cycle.response_started:  # A started response has its headers.
+            self.cycle.keep_alive = False
+        self.timeout_keep_alive = min(self.timeout_keep_alive, DRAINING_KEEP_ALIVE_SECONDS)
+        if self.timeout_keep_alive_task:
+            self._start_keep_alive_timer()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._watch_unread()
@@ -134,6 +142,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
         self.transport.close()
         self._watch_unread()
+
+    def _start_keep_alive_timer(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _close_if_slow(self) -> None:
         self._slow = None
