@@ -125,6 +125,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         upgrade = sys.exception()
         if self._upgraded or not isinstance(upgrade, HttpParserUpgrade):
+            self._head_complete = False
             self._refuse(400, "Invalid HTTP request received.")
             return
         lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
