@@ -28,16 +28,20 @@ pytestmark = pytest.mark.skipif(
 DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 class Stack:
     """One compose project of this run's own, on a port of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+    def __init__(self, folder: Path, *overlays: str) -> None:
+        self.port = free_port()
         self.folder = folder
         self.env = os.environ | {
             "COMPOSE_PROJECT_NAME": f"heroes-test-{uuid.uuid4().hex[:8]}",
-            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "COMPOSE_FILE": ":".join(str(ROOT / f) for f in ("docker-compose.yml", *overlays)),
             "PORT": str(self.port),
             # Characters that a URL or a shell would mind.
             "OWNER_PASSWORD": "o'w%n:e@r/ $x",
@@ -224,9 +228,9 @@ def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack
 
 
 def commands_in(section: str) -> list[str]:
-    """The commands that docs/operations.md marks as run here."""
+    """The commands that docs/operations.md marks as run by a test."""
     operations = (ROOT / "docs" / "operations.md").read_text().split(section)[1]
-    block = re.search(r"<!-- tests/test_compose.py.*?```console\n(.*?)```", operations, re.DOTALL)
+    block = re.search(r"<!-- tests/test_compose.*?```console\n(.*?)```", operations, re.DOTALL)
     assert block
     return re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
 

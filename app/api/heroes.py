@@ -98,9 +98,6 @@ async def import_heroes(request: Request, database: DatabaseDep) -> Response:
     return await bulk.import_rows(request, database, heroes)
 
 
-bulk.refuse_other_methods(router)
-
-
 @router.get("/{hero_id}", response_model=HeroPublic, response_description="The hero")
 async def read_hero(
     hero_id: RowId, database: DatabaseDep, if_none_match: IfNoneMatch = None
