@@ -29,6 +29,16 @@ ALTER ROLE postgres PASSWORD :'postgres_password';
 ALTER ROLE heroes_owner PASSWORD :'owner_password';
 ALTER ROLE heroes_app PASSWORD :'app_password';
 
+-- Only if a pooler does not pass on the timeouts that the service sends.
+\getenv timeout ROLE_TIMEOUT
+\if :{?timeout}
+    ALTER ROLE heroes_app SET statement_timeout = :'timeout';
+    ALTER ROLE heroes_app SET idle_in_transaction_session_timeout = :'timeout';
+\else
+    ALTER ROLE heroes_app RESET statement_timeout;
+    ALTER ROLE heroes_app RESET idle_in_transaction_session_timeout;
+\endif
+
 REVOKE ALL ON DATABASE :DBNAME FROM PUBLIC;
 GRANT CONNECT ON DATABASE :DBNAME TO heroes_owner, heroes_app;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
