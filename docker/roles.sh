@@ -15,7 +15,7 @@ done
 
 # PostgreSQL trusts connections from its own container's network, so a new POSTGRES_PASSWORD works.
 psql --set ON_ERROR_STOP=1 --no-psqlrc --quiet --single-transaction \
-    --host 127.0.0.1 --username postgres --dbname heroes <<'SQL'
+    --host "${PGHOST:-127.0.0.1}" --username postgres --dbname heroes <<'SQL'
 SET client_min_messages = warning;
 -- \getenv, because arguments are visible in the list of processes.
 \getenv postgres_password POSTGRES_PASSWORD
