@@ -164,7 +164,7 @@ def _session() -> Iterator[Session]:
             if not is_sqlite:
                 # The role's timeouts, if it has any, are for the service's calls.
                 session.connection().exec_driver_sql(
-                    "SET LOCAL statement_timeout = 0;"
+                    "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0;"
                     " SET LOCAL idle_in_transaction_session_timeout = 0"
                 )
             # Excludes the objects loaded so far from garbage collection, which took half of an

@@ -29,12 +29,14 @@ ALTER ROLE postgres PASSWORD :'postgres_password';
 ALTER ROLE heroes_owner PASSWORD :'owner_password';
 ALTER ROLE heroes_app PASSWORD :'app_password';
 
--- Only if a pooler does not pass on the timeouts that the service sends.
-\getenv timeout ROLE_TIMEOUT
-\if :{?timeout}
-    ALTER ROLE heroes_app SET statement_timeout = :'timeout';
-    ALTER ROLE heroes_app SET idle_in_transaction_session_timeout = :'timeout';
+-- Only if a pooler does not pass on the timeouts that the service sends. The shares are the service's.
+\getenv seconds ROLE_TIMEOUT
+\if :{?seconds}
+    SELECT format('ALTER ROLE heroes_app SET %I = %L', name, ceil(:'seconds' * share * 1000) || 'ms')
+    FROM (VALUES ('lock_timeout', 0.5), ('statement_timeout', 0.9),
+                 ('idle_in_transaction_session_timeout', 1)) AS timeouts (name, share) \gexec
 \else
+    ALTER ROLE heroes_app RESET lock_timeout;
     ALTER ROLE heroes_app RESET statement_timeout;
     ALTER ROLE heroes_app RESET idle_in_transaction_session_timeout;
 \endif
