@@ -5,12 +5,14 @@ PORT ?= 8000
 PYTHON ?= python3
 BIN := .venv/bin
 T ?= tests
+RUNS ?= 1
 
-.PHONY: help install run test check lint format lock bench openapi release
+.PHONY: help install run test faults check lint format lock bench openapi release
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
 	@echo "make test     checks, and the tests on SQLite and on a throwaway PostgreSQL; T=FILE runs some"
+	@echo "make faults   PgBouncer, and failover of a real cluster under load, RUNS=N times (minutes; root, docker, nsenter, iptables)"
 	@echo "make check    lint, types and layers"
 	@echo "make lint     ruff"
 	@echo "make format   ruff's formatter"
@@ -54,6 +56,9 @@ check: lint
 
 test: check
 	$(BIN)/pytest --numprocesses auto --dist loadfile $(T)
+
+faults: install
+	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py
 
 # Adds the packages that only the benchmark needs.
 bench: install

@@ -165,6 +165,12 @@ def _session() -> Iterator[Session]:
     """Yield a transaction on the service's database. Raises `SchemaBehind`."""
     with _engine() as engine, Session(engine) as session:
         Revisions.of_the_code().check(session)
+        if engine.dialect.name == "postgresql":
+            # The role's timeouts, if it has any, are for the service's calls.
+            session.connection().exec_driver_sql(
+                "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0;"
+                " SET LOCAL idle_in_transaction_session_timeout = 0"
+            )
         # Excludes the objects loaded so far from garbage collection, which took half of an
         # export's time.
         gc.freeze()

@@ -36,6 +36,7 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
 _CHECK_VIOLATION = "23514"
 _MAX_LOGGED_KEYS = 20
+_POOLER_ROUNDS = 10
 
 
 def engine(url: URL) -> Engine:
@@ -103,7 +104,8 @@ def use_write_ahead_log(engine: Engine) -> None:
 def only_migrator(engine: Engine) -> Iterator[None]:
     """Hold a lock that keeps other migrators waiting, on all hosts, during the block.
 
-    Raises `CommandError` if another migrator runs for more than `OTHER_MIGRATOR_WAIT_SECONDS`.
+    Raises `CommandError` if another migrator runs for more than `OTHER_MIGRATOR_WAIT_SECONDS`, or
+    if the URL leads to a pooler in transaction mode, where the lock would outlive the migrator.
     SQLite needs no such lock: the upgrade is one transaction, which has the write lock.
     """
     if engine.dialect.name != "postgresql":
@@ -112,6 +114,7 @@ def only_migrator(engine: Engine) -> Iterator[None]:
     # On a separate connection, and by polling. A migrator that waited within a statement would hold
     # a snapshot, for which the CREATE INDEX CONCURRENTLY of the running migrator would wait.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        _refuse_shared_session(connection)
         deadline = time.monotonic() + OTHER_MIGRATOR_WAIT_SECONDS
         lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=_ADVISORY_LOCK)
         is_logged = False
@@ -126,6 +129,26 @@ def only_migrator(engine: Engine) -> Iterator[None]:
                 is_logged = True
             time.sleep(random.uniform(0.2, 0.5))  # noqa: S311
         yield
+
+
+def _refuse_shared_session(connection: Connection) -> None:
+    """Raise `CommandError` if other clients use the session of this connection in between."""
+    get_pid = sa.select(sa.func.pg_backend_pid())
+    pid = connection.scalar(get_pid)
+    driver = connection.connection.driver_connection
+    if driver and driver.info.backend_pid == pid:
+        return  # PostgreSQL sent its pid at the start. A pooler invents one, in each of its modes.
+    # In transaction mode, a transaction of another client takes the session that was used last,
+    # which is ours, or the session that was idle for longest. Then our next statement takes another
+    # session, unless there are two, and the roles are swapped the next time. The number of rounds
+    # allows for the statements of other clients.
+    for _ in range(_POOLER_ROUNDS):
+        with connection.engine.connect() as other:
+            if other.scalar(get_pid) == pid or connection.scalar(get_pid) != pid:
+                raise CommandError(
+                    "The URL leads to a pooler in transaction mode, where migrations cannot lock:"
+                    " set MIGRATION_DATABASE_URL to the URL of PostgreSQL itself"
+                )
 
 
 def retry_on_lock_timeout(migrate: Callable[[], None]) -> None:
