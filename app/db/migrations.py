@@ -143,16 +143,17 @@ def retry_on_lock_timeout(migrate: Callable[[], None]) -> None:
     """Run `migrate` again, after a pause, while it fails because it did not get a lock.
 
     Committed work is not repeated: each revision is a transaction, and a revision that cannot be
-    one is written so that it can be run again. Raises `CommandError` after `LOCK_WAIT_SECONDS`.
+    one is written so that it can be run again. Raises `CommandError` after `LOCK_WAIT_SECONDS` of
+    pauses. The attempts do not count, because one may build an index for an hour.
     """
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    waited = 0.0
     while True:
         try:
             return migrate()
         except DBAPIError as error:
             if sqlstate(error.orig) not in (_LOCK_NOT_AVAILABLE, _DEADLOCK_DETECTED):
                 raise
-        if time.monotonic() > deadline:
+        if waited > LOCK_WAIT_SECONDS:
             raise CommandError(
                 f"Could not acquire a lock within {LOCK_WAIT_SECONDS} seconds:"
                 " end the blocking session and run the migration again"
@@ -161,6 +162,7 @@ def retry_on_lock_timeout(migrate: Callable[[], None]) -> None:
         pause = random.uniform(0.5, 1.5)  # noqa: S311
         logger.info("The table is in use: trying again in %.1f s", pause)
         time.sleep(pause)
+        waited += pause
 
 
 def _on_postgresql() -> bool:
