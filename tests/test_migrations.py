@@ -361,7 +361,10 @@ EVERYWHERE = {
     "ban-drop-constraint": "the drop changes no row, and autogenerate replaces a CHECK by it",
 }
 # Rules that a revision with `# safe: reason` may break.
-WITH_REASON = {"ban-drop-column", "ban-drop-table", "changing-column-type", "renaming-column"}
+WITH_REASON = {
+    *("ban-drop-column", "ban-drop-table"),
+    *("changing-column-type", "renaming-column", "renaming-table"),
+}
 EXCEPTIONS = {
     "0001": {
         "prefer-text-field": "this is the tutorial's table, varchar without a length is text",
