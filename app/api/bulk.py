@@ -66,7 +66,8 @@ async def export_rows(
     # Before the response starts, so that an error still gets its status.
     rows = await database.run(crud.list, page)
     filename = f"{request.scope['path'].split('/')[-2]}.{file_format}"
-    response_class = SpooledResponse if request.scope["http_version"] == "1.0" else StreamingResponse
+    is_http10 = request.scope["http_version"] == "1.0"
+    response_class = SpooledResponse if is_http10 else StreamingResponse
     return response_class(
         _lines(database, crud, page, rows, file_format),
         media_type=MEDIA_TYPES[file_format],
