@@ -195,9 +195,8 @@ def test_two_workers_that_change_the_same_rows_neither_deadlock_nor_lose_a_chang
     for thread in threads:
         thread.join()
     with database.connect() as connection:
-        versions: dict[int, int] = dict(
-            connection.execute(text("SELECT id, version - 1 FROM hero")).tuples().all()
-        )
+        rows = connection.execute(text("SELECT id, version - 1 FROM hero"))
+        versions: dict[int, int] = {row.id: row[1] for row in rows}
         deadlocks = connection.scalar(
             text("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
         )
