@@ -112,7 +112,7 @@ class ConnectionPool:
         )
 
     async def acquire(self) -> PooledConnection:
-        """Wait for a connection, and return it unless the server has closed it.
+        """Wait for a connection that the server has not closed, and return it.
 
         Raises `DatabaseUnavailable` if there is none and the last attempt to make one failed.
         """
