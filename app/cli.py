@@ -27,7 +27,7 @@ from app.db.engine import sqlstate
 from app.db.revisions import Revisions
 from app.errors import ImportRefused, SchemaBehind, WrongDatabase
 from app.heroes import heroes, sample
-from app.settings import from_environment
+from app.settings import from_environment, log_start
 from app.transfer.copy import dump, load
 from app.transfer.formats import Format, Row, encode_rows, read_rows
 
@@ -145,6 +145,7 @@ def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
 def _session() -> Iterator[Session]:
     """Yield a transaction on the service's database. Raises `SchemaBehind`."""
     settings = from_environment()
+    log_start(settings.database_url)
     postgresql = {
         "application_name": NAME,
         "client_encoding": "utf8",

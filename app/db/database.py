@@ -104,8 +104,8 @@ class Database:
 
         `fn` may use the ORM, lazy relationships included. Objects that it returns keep their loaded
         attributes. `timeout` replaces the default timeout, in seconds. After a stale plan or on a
-        standby `fn` runs a second time. Raises the same errors as `run`. On error nothing was written, except that
-        after `OutcomeUnknown` the COMMIT may have succeeded.
+        standby `fn` runs a second time. Raises the same errors as `run`. On error nothing was
+        written, except that after `OutcomeUnknown` the COMMIT may have succeeded.
         """
         seconds = timeout or self._timeout
         result: T = await self._run(self._transaction, fn, lambda: args, seconds)
