@@ -52,6 +52,9 @@ dev: RELOAD = --reload --reload-dir app
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/zizmor --offline --quiet .github
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -60,10 +63,13 @@ format: install
 check: lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
+# Only a run of all tests measures coverage. Tests that take over 5 s are listed.
 test: check
-	$(BIN)/pytest --numprocesses auto --dist loadfile $(T)
+	$(BIN)/pytest --numprocesses auto --dist loadfile --durations 0 --durations-min 5 \
+		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
 
 # Adds the packages that only the benchmark needs.
 bench: install
