@@ -5,6 +5,8 @@ RUN python -m venv /venv
 COPY requirements.txt .
 RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --requirement requirements.txt \
     && /venv/bin/pip uninstall --yes pip
+# The command `heroes`. The code is not installed, so pip has not made it.
+RUN printf '#!/bin/sh\nexec python -m app "$@"\n' > /venv/bin/heroes && chmod +x /venv/bin/heroes
 
 # The service: the environment, the code, and nothing to build with.
 FROM python:3.14-slim

@@ -5,13 +5,15 @@ PORT ?= 8000
 PYTHON ?= python3
 BIN := .venv/bin
 T ?= tests
+RUNS ?= 1
 
-.PHONY: help install run dev test check lint format lock bench openapi
+.PHONY: help install run dev test faults check lint format lock bench openapi release
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
 	@echo "make dev      the same, and start again when a file of app/ changes"
 	@echo "make test     checks, and the tests on SQLite and on a throwaway PostgreSQL; T=FILE runs some"
+	@echo "make faults   PgBouncer, and failover of a real cluster under load, RUNS=N times (minutes; root, docker, nsenter, iptables)"
 	@echo "make check    lint, types and layers"
 	@echo "make lint     ruff, spelling, the Dockerfile and the workflows"
 	@echo "make format   ruff's formatter"
@@ -19,6 +21,7 @@ help:
 	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
 	@echo "make openapi  renew docs/openapi.json"
 	@echo "make lock     resolve the dependencies into the hashed locks"
+	@echo "make release  record the release of the last commit: see docs/releases.md"
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -71,6 +74,9 @@ test: check
 	$(BIN)/pytest --numprocesses auto --dist loadfile --durations 0 --durations-min 5 \
 		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
 
+faults: install
+	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py
+
 # Adds the packages that only the benchmark needs.
 bench: install
 	$(PIP_INSTALL) --require-hashes --requirement requirements-bench.txt
@@ -87,3 +93,12 @@ lock: install
 	$(UV_COMPILE) pyproject.toml --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
 	$(UV_COMPILE) --group pyproject.toml:clients --output-file tests/clients/requirements.txt
 	npm --prefix tests/clients update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
+
+# The code for the next release's tests, and a hash of each revision. Refuses a changed revision.
+RELEASED = alembic/released.sha256
+release: VERSION = $(shell $(BIN)/python -c 'import app; print(app.__version__)')
+release: install
+	! test -e $(RELEASED) || sha256sum --quiet --check $(RELEASED)
+	mkdir -p tests/releases
+	git archive --output tests/releases/$(VERSION).tar.gz HEAD app alembic alembic.ini gunicorn.conf.py pyproject.toml
+	sha256sum alembic/versions/*.py > $(RELEASED)

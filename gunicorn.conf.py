@@ -25,9 +25,11 @@ workers = settings.web_concurrency
 # second. This does not limit the time of a request: DATABASE_TIMEOUT does.
 timeout = 30
 
-# Seconds that an idle connection stays open: longer than most clients pause between two requests,
-# and short enough for a draining worker to wait for.
-keepalive = 5
+# Seconds that an idle connection stays open. A draining worker closes idle connections earlier.
+keepalive = settings.keep_alive_seconds
+
+# Only the headers of these proxies name the client.
+forwarded_allow_ips = settings.forwarded_allow_ips
 
 # Seconds that a stopping worker has to drain and to complete its last responses. An orchestrator
 # must allow more: see stop_grace_period in docker-compose.yml.

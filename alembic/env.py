@@ -12,7 +12,8 @@ from sqlmodel import SQLModel
 
 # The imports of models and idempotency fill SQLModel.metadata.
 from app import models  # noqa: F401
-from app.db import idempotency, migrations, revisions  # noqa: F401
+from app.db import autogenerate, idempotency, migrations, revisions  # noqa: F401
+from app.db.engine import sqlstate
 from app.errors import WrongDatabase
 from app.settings import from_environment, log_start
 from app.telemetry import logs
@@ -27,12 +28,26 @@ arguments: Any = context.config.cmd_opts
 invoked = getattr(arguments, "cmd", [None])[0]
 
 
-def number(_: Any, __: Any, scripts: Any) -> None:
-    """Give a new revision the next number, unless the operator passed `--rev-id`."""
-    if not getattr(arguments, "rev_id", None):
-        revisions = [script.revision for script in context.script.walk_revisions()]
-        last = max((int(revision) for revision in revisions if revision.isdigit()), default=0)
-        scripts[0].rev_id = f"{last + 1:04}"
+def prepare(migration: Any, revision: Any, scripts: Any) -> None:
+    """Make a generated revision safe, and give each revision the next number.
+
+    The operator overrides the number with `--rev-id`.
+    """
+    if getattr(arguments, "autogenerate", False):
+        autogenerate.process(migration, revision, scripts)
+    numbers = [int(known) for known in known_revisions() if known.isdigit()]
+    given = getattr(arguments, "rev_id", None)
+    for position, script in enumerate(scripts):
+        script.rev_id = f"{max(numbers, default=0) + 1 + position:04}"
+        if given:
+            script.rev_id = f"{given}_{position + 1}" if position else given
+        if position:
+            script.head = scripts[position - 1].rev_id
+
+
+def known_revisions() -> set[str]:
+    """Return all revisions of the code."""
+    return {script.revision for script in context.script.walk_revisions()}
 
 
 def is_ours(name: str | None, kind: str, _: Any) -> bool:
@@ -41,11 +56,16 @@ def is_ours(name: str | None, kind: str, _: Any) -> bool:
 
 
 options: dict[str, Any] = {
+    # For the helpers in app/db/migrations.py.
+    "is_upgrade": invoked is command.upgrade,
     "include_name": is_ours,
-    "process_revision_directives": number,
+    "process_revision_directives": prepare,
+    "autogenerate_plugins": autogenerate.PLUGINS,
     "target_metadata": SQLModel.metadata,
-    # SQLite changes a table by rebuilding it, which is safe in a transaction.
-    "render_as_batch": on_sqlite,
+    "compare_type": autogenerate.compare_type,
+    "compare_server_default": True,
+    # SQLite changes a column by rebuilding the table, PostgreSQL as without batch mode.
+    "render_as_batch": True,
     "transactional_ddl": True,
     # A failed revision is rolled back, and the revisions before it stay. On SQLite the upgrade is
     # one transaction, whose write lock also keeps other migrators waiting.
@@ -94,17 +114,19 @@ def is_newer() -> bool:
     """Return whether a newer release has upgraded the database. Then `upgrade` does nothing.
 
     This makes it possible to go back to the previous release: its code works on the newer schema.
+    Raises `WrongDatabase` for the other commands, except `stamp`, which can correct the revision.
     """
-    if invoked is not command.upgrade:
+    newer = set(context.get_context().get_current_heads()) - known_revisions()
+    if not newer or invoked is command.stamp:
         return False
-    known = {script.revision for script in context.script.walk_revisions()}
-    newer = set(context.get_context().get_current_heads()) - known
-    if newer:
-        migrations.logger.warning(
-            "The database is at %s, which this code does not know: a newer release has upgraded it",
-            ", ".join(sorted(newer)),
-        )
-    return bool(newer)
+    message = (
+        f"The database is at {', '.join(sorted(newer))}, which this code does not know:"
+        " a newer release has upgraded it"
+    )
+    if invoked is not command.upgrade:
+        raise WrongDatabase(message)
+    migrations.logger.warning(message)
+    return True
 
 
 try:
@@ -117,6 +139,9 @@ try:
         run_online()
 except DBAPIError as error:
     # One line instead of a traceback, because the code is not the cause.
-    raise CommandError(str(error.orig).splitlines()[0]) from error
+    line = str(error.orig).splitlines()[0]
+    if sqlstate(error.orig) == "42501":
+        line += ": set MIGRATION_DATABASE_URL to the role that owns the schema"
+    raise CommandError(line) from error
 except WrongDatabase as error:
     raise CommandError(str(error)) from error

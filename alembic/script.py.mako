@@ -12,7 +12,17 @@ import sqlalchemy as sa
 import sqlmodel
 from alembic import op
 
-from app.db.migrations import add_checks, backfill, create_index, drop_index
+from app.db.migrations import (
+    add_check,
+    add_foreign_key,
+    add_unique,
+    backfill,
+    create_index,
+    drop_constraint,
+    drop_index,
+    drop_not_null,
+    set_not_null,
+)
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

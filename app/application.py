@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
-from app.api.middleware import BodyLimit, Observe
+from app.api.middleware import BodyLimit, Observe, RootPath
 from app.db.database import Database
 from app.db.revisions import Revisions
 from app.settings import Settings
@@ -48,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description="The FastAPI SQL tutorial's API, with pages, ETags and safe retries.",
         contact={"name": f"The operators of {NAME}"},
-        servers=[{"url": "/"}],
+        servers=[{"url": settings.root_path or "/"}],
         redoc_url=None,
         lifespan=lifespan,
         # The operation ids of OpenAPI are the names of the route functions.
@@ -68,8 +70,24 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.revisions = Revisions.of_the_code()
     app.include_router(heroes.router, responses=openapi.ERRORS)
     app.include_router(health.router)
+
+    @app.get("/", include_in_schema=False)
+    async def to_the_docs(request: Request) -> RedirectResponse:
+        return RedirectResponse(f"{request.scope['root_path']}/docs")
+
     openapi.customize(app, has_tokens=bool(settings.api_tokens))
     exception_handlers.register(app)
+    # The last one is the outermost.
     app.add_middleware(BodyLimit)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=sorted(openapi.HEADERS),
+        )
     app.add_middleware(Observe)
+    if settings.root_path:
+        app.add_middleware(RootPath, root_path=settings.root_path)
     return app

@@ -1,7 +1,8 @@
-"""The command `heroes`: import, export and sample rows, directly with the database.
+"""The command `heroes`: import, export, sample rows and checks, directly with the database.
 
 Exit codes: 0 success, 1 the rows or a file were refused, 2 wrong usage or settings, 3 the database
-failed. Rows go to stdout, everything else to stderr.
+failed. `doctor` exits with 1 if it has findings, and with 2 if the database cannot be reached. Rows
+and findings go to stdout, everything else to stderr.
 """
 
 import gc
@@ -18,11 +19,12 @@ from tempfile import NamedTemporaryFile
 from typing import IO, Annotated
 
 import typer
-from sqlalchemy import create_engine
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
 from app import NAME
+from app.db.doctor import findings
 from app.db.engine import sqlstate
 from app.db.revisions import Revisions
 from app.errors import ImportRefused, SchemaBehind, WrongDatabase
@@ -93,6 +95,23 @@ def seed(
         _summarize("Created", count, start)
 
 
+@app.command()
+def doctor() -> None:
+    """Check the revision, the schema, the data and the privileges: one line per finding."""
+    found = False
+    with (
+        _errors_as_lines(database_failed=2),
+        _engine() as engine,
+        Session(engine.execution_options(isolation_level="AUTOCOMMIT")) as session,
+    ):
+        for finding in findings(session):
+            found = True
+            typer.echo(finding)
+    if found:
+        raise typer.Exit(1)
+    typer.echo("no findings")
+
+
 def _format(file: Path, given: Format | None) -> Format:
     """Return the given format or that of the file's name. Raises `BadParameter` without either."""
     if given:
@@ -108,9 +127,9 @@ def _format(file: Path, given: Format | None) -> Format:
 
 
 @contextmanager
-def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
+def _errors_as_lines(file: Path | None = None, database_failed: int = 3) -> Iterator[None]:
     """End the command with one line per error, and its exit code."""
-    code = 3
+    code = database_failed
     try:
         yield
         return
@@ -144,6 +163,23 @@ def _errors_as_lines(file: Path | None = None) -> Iterator[None]:
 @contextmanager
 def _session() -> Iterator[Session]:
     """Yield a transaction on the service's database. Raises `SchemaBehind`."""
+    with _engine() as engine, Session(engine) as session:
+        Revisions.of_the_code().check(session)
+        if engine.dialect.name == "postgresql":
+            # The role's timeouts, if it has any, are for the service's calls.
+            session.connection().exec_driver_sql(
+                "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0;"
+                " SET LOCAL idle_in_transaction_session_timeout = 0"
+            )
+        # Excludes the objects loaded so far from garbage collection, which took half of an
+        # export's time.
+        gc.freeze()
+        yield session
+
+
+@contextmanager
+def _engine() -> Iterator[Engine]:
+    """Yield an engine for the service's database."""
     settings = from_environment()
     log_start(settings.database_url)
     postgresql = {
@@ -160,12 +196,7 @@ def _session() -> Iterator[Session]:
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     try:
-        with Session(engine) as session:
-            Revisions.of_the_code().check(session)
-            # Excludes the objects loaded so far from garbage collection, which took half of an
-            # export's time.
-            gc.freeze()
-            yield session
+        yield engine
     finally:
         engine.dispose()
 

@@ -88,6 +88,8 @@ def _postgresql_url(scheme: str, before: str, query: str) -> URL:
     host = given.get("host", "")
     if "port" in given and given["port"].count(",") != host.count(","):
         raise ValueError("the parameter port needs one port for each host")
+    if "," in host:  # Of a cluster, only the primary accepts writes.
+        given.setdefault("target_session_attrs", "read-write")
     # SQLAlchemy renders a socket's directory and several hosts correctly only as parameters.
     is_plain = re.fullmatch(r"[\w.:-]+", host)
     return URL.create(

@@ -1,11 +1,26 @@
 """The tutorial's models, with the limits that a public service needs."""
 
+from contextlib import suppress
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, StringConstraints
 from pydantic_core import PydanticCustomError
-from sqlalchemy import BigInteger, CheckConstraint, Index, Integer, String
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DefaultClause,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    event,
+)
+from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.orm import declared_attr
+from sqlalchemy.types import NullType
 from sqlmodel import Field, SQLModel
 
 INT4_MAX = 2**31 - 1
@@ -19,6 +34,39 @@ SQLModel.metadata.naming_convention = {
     "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
     "pk": "%(table_name)s_pkey",
 }
+
+
+@event.listens_for(Table, "after_parent_attach")
+def _complete(table: Table, metadata: MetaData) -> None:
+    """Complete a model's table with the parts that a live database needs.
+
+    A foreign key gets the type of its target, which would be INTEGER otherwise. It gets an index,
+    without which a delete in the other table scans this one. A NOT NULL column with a default gets
+    it in the database too, for writers that do not know the column: the previous release.
+    """
+    if metadata is not SQLModel.metadata:
+        return
+    for foreign_key in table.foreign_keys:
+        # SQLAlchemy replaces the null type when the other table is defined later.
+        foreign_key.parent.type = NullType()
+        with suppress(NoReferenceError):
+            foreign_key.parent.type = foreign_key.column.type
+    unique = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
+    keys: list[Any] = [table.primary_key, *unique, *table.indexes]
+    indexed = [list(each.columns) for each in keys]
+    for constraint in table.foreign_key_constraints:
+        columns = list(constraint.columns)
+        if columns not in [begin[: len(columns)] for begin in indexed]:
+            Index(None, *columns)
+    for column in table.columns:
+        default = getattr(column.default, "arg", None)
+        if not column.nullable and column.server_default is None:
+            # SQLite has no true, but both databases read '1' as one.
+            if isinstance(default, bool):
+                default = int(default)
+            if isinstance(default, str | int | float | Decimal):
+                column.server_default = DefaultClause(str(default))
+
 
 # PostgreSQL cannot store NUL in text. The pattern also makes pydantic refuse lone surrogates,
 # which UTF-8 cannot encode.

@@ -6,10 +6,12 @@ import logging
 import os
 import re
 import sys
+from ipaddress import ip_network
 from typing import Annotated, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
 
@@ -38,6 +40,35 @@ def _tokens(value: object) -> tuple[Token, ...]:
     if None in entries or not entries:  # Only unset means open to every client.
         raise ValueError("an entry has another form")
     return tuple(Token(*entry.groups()) for entry in entries if entry)  # type: ignore[arg-type]
+
+
+# As a browser sends it: with a path or a default port it would never match.
+_ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)"
+    r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?"
+)
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        return tuple(value)  # type: ignore[arg-type]
+    origins = value.lower().replace(",", " ").split()
+    if origins == ["*"]:
+        return ("*",)
+    if not origins or not all(map(_ORIGIN.fullmatch, origins)):
+        raise ValueError("an entry has another form")
+    for origin in origins:
+        urlsplit(origin).port  # noqa: B018  (Raises ValueError if it is out of range.)
+    return tuple(origins)
+
+
+def _proxies(value: str) -> str:
+    for address in value.split(",") if value != "*" else ():
+        try:
+            ip_network(address.strip())
+        except ValueError:
+            raise ValueError("an entry has another form") from None
+    return value
 
 
 _DATABASE_URL = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
@@ -71,6 +102,23 @@ class Settings(BaseSettings):
     api_tokens: Annotated[tuple[Token, ...], BeforeValidator(_tokens)] = Field(
         (),
         description="entries name:scope:sha256 with the scope read or write, separated by commas",
+    )
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = Field(
+        (),
+        description="* or origins like https://app.example.com, without a path and without the"
+        " scheme's default port, separated by commas",
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="a path like /api, with a slash at its start and none at its end",
+    )
+    forwarded_allow_ips: Annotated[str, AfterValidator(_proxies)] = Field(
+        "127.0.0.1,::1",
+        description="* or addresses and networks like 10.0.0.0/8, separated by commas",
+    )
+    keep_alive_seconds: int = Field(
+        75, ge=1, le=3600, description="a whole number of seconds from 1 to 3600"
     )
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],

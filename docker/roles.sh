@@ -15,7 +15,7 @@ done
 
 # PostgreSQL trusts connections from its own container's network, so a new POSTGRES_PASSWORD works.
 psql --set ON_ERROR_STOP=1 --no-psqlrc --quiet --single-transaction \
-    --host 127.0.0.1 --username postgres --dbname heroes <<'SQL'
+    --host "${PGHOST:-127.0.0.1}" --username postgres --dbname heroes <<'SQL'
 SET client_min_messages = warning;
 -- \getenv, because arguments are visible in the list of processes.
 \getenv postgres_password POSTGRES_PASSWORD
@@ -28,6 +28,18 @@ WHERE name NOT IN (SELECT rolname FROM pg_roles) \gexec
 ALTER ROLE postgres PASSWORD :'postgres_password';
 ALTER ROLE heroes_owner PASSWORD :'owner_password';
 ALTER ROLE heroes_app PASSWORD :'app_password';
+
+-- Only if a pooler does not pass on the timeouts that the service sends. The shares are the service's.
+\getenv seconds ROLE_TIMEOUT
+\if :{?seconds}
+    SELECT format('ALTER ROLE heroes_app SET %I = %L', name, ceil(:'seconds' * share * 1000) || 'ms')
+    FROM (VALUES ('lock_timeout', 0.5), ('statement_timeout', 0.9),
+                 ('idle_in_transaction_session_timeout', 1)) AS timeouts (name, share) \gexec
+\else
+    ALTER ROLE heroes_app RESET lock_timeout;
+    ALTER ROLE heroes_app RESET statement_timeout;
+    ALTER ROLE heroes_app RESET idle_in_transaction_session_timeout;
+\endif
 
 REVOKE ALL ON DATABASE :DBNAME FROM PUBLIC;
 GRANT CONNECT ON DATABASE :DBNAME TO heroes_owner, heroes_app;

@@ -39,7 +39,7 @@ def test_python_dash_m_app_is_the_same_command(tmp_path: Path) -> None:
     ]
     assert helps[0].returncode == helps[1].returncode == 0
     assert helps[0].stdout == helps[1].stdout
-    assert all(command in helps[0].stdout for command in ("import", "export", "seed"))
+    assert all(command in helps[0].stdout for command in ("import", "export", "seed", "doctor"))
 
 
 def test_files_of_every_format_are_imported_and_exported(
@@ -244,3 +244,23 @@ def test_an_error_of_the_database_is_reported_without_the_row(
     assert done.stderr.startswith(b"heroes: the database failed: ")
     assert b"unsaid" not in done.stderr
     assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_timeouts_of_the_role_do_not_end_the_command(database_url: URL, database: Engine) -> None:
+    """They are for the service's calls. A long export is one statement."""
+    with database.connect() as holder, database.connect() as other:
+        name = database_url.database
+        holder.execute(text(f"ALTER DATABASE {name} SET statement_timeout = '400ms'"))
+        holder.execute(text("BEGIN; LOCK TABLE hero"))
+        command = subprocess.Popen([BIN / "heroes", "export", "-"], env=environment(database_url))
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            " AND datname = current_database()"
+        )
+        while not other.scalar(waiting):
+            assert command.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        holder.execute(text("ROLLBACK"))
+        assert command.wait(20) == 0

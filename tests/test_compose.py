@@ -28,16 +28,20 @@ pytestmark = pytest.mark.skipif(
 DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 class Stack:
     """One compose project of this run's own, on a port of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+    def __init__(self, folder: Path, *overlays: str) -> None:
+        self.port = free_port()
         self.folder = folder
         self.env = os.environ | {
             "COMPOSE_PROJECT_NAME": f"heroes-test-{uuid.uuid4().hex[:8]}",
-            "COMPOSE_FILE": str(ROOT / "docker-compose.yml"),
+            "COMPOSE_FILE": ":".join(str(ROOT / f) for f in ("docker-compose.yml", *overlays)),
             "PORT": str(self.port),
             # Characters that a URL or a shell would mind.
             "OWNER_PASSWORD": "o'w%n:e@r/ $x",
@@ -142,7 +146,7 @@ def test_an_import_and_the_command_work_in_the_containers(stack: Stack) -> None:
         assert imported.json() == {"created": 50_000}
         exported = client.get("/heroes/export").content.splitlines()
         assert len(exported) == before + 50_000
-    by_the_command = stack.run("docker compose exec -T api python -m app export -")
+    by_the_command = stack.run("docker compose exec -T api heroes export -")
     assert by_the_command.stdout.encode().splitlines() == exported
     stack.sql("DELETE FROM hero WHERE name = 'Imported'", role="heroes_app")
 
@@ -202,6 +206,17 @@ def test_the_containers_can_do_no_more_than_they_must(stack: Stack) -> None:
     assert not {"tests", "requirements.txt", "pip", "gcc"} & set(image)
 
 
+def test_the_doctor_finds_nothing_in_a_new_stack_and_finds_a_grant(stack: Stack) -> None:
+    doctor = "docker compose run --rm --no-deps -T api heroes doctor"
+    stack.sql("ANALYZE")  # Other tests import thousands of rows.
+    assert stack.run(doctor, check=False).stdout == "no findings\n"
+    stack.sql("GRANT TRUNCATE ON hero TO heroes_app")
+    found = stack.run(doctor, check=False)
+    stack.sql("REVOKE TRUNCATE ON hero FROM heroes_app")
+    assert found.returncode == 1
+    assert found.stdout.startswith("the role heroes_app has TRUNCATE on the table hero, which")
+
+
 def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack) -> None:
     with stack.client() as client:
         before = client.post("/heroes/", json=DEADPOND).json()
@@ -213,9 +228,9 @@ def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack
 
 
 def commands_in(section: str) -> list[str]:
-    """The commands that docs/operations.md marks as run here."""
+    """The commands that docs/operations.md marks as run by a test."""
     operations = (ROOT / "docs" / "operations.md").read_text().split(section)[1]
-    block = re.search(r"<!-- tests/test_compose.py.*?```console\n(.*?)```", operations, re.DOTALL)
+    block = re.search(r"<!-- tests/test_compose.*?```console\n(.*?)```", operations, re.DOTALL)
     assert block
     return re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
 

@@ -1,10 +1,12 @@
 """README.md and docs/ are true: sessions run as printed, and tables have the names of the code."""
 
+import inspect
 import os
 import re
 import subprocess
 from pathlib import Path
 
+import alembic.script.base
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL
@@ -13,6 +15,7 @@ from app.api.exception_handlers import SQLSTATES
 from app.db import migrations
 from app.settings import Settings
 from app.telemetry import metrics
+from tests.faults.test_helpers import HELPERS
 from tests.service import BIN, ROOT, Service, environment
 
 DOCS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
@@ -88,7 +91,7 @@ def test_the_messages_in_the_table_of_failures_are_those_of_the_code() -> None:
     source = "".join(
         (ROOT / path).read_text()
         for path in ("app/db/migrations.py", "alembic/env.py", *sorted_versions())
-    )
+    ) + inspect.getsource(alembic.script.base)
     table = MIGRATIONS.partition("| last line |")[2]
     messages = re.findall(r"^\| `(?:FAILED: )?(?!FAILED)([A-Z][^`…:0-9]*)", table, re.MULTILINE)
     assert len(messages) >= 5  # PostgreSQL's own messages have no capital letter.
@@ -117,6 +120,11 @@ def test_the_times_on_the_page_are_those_of_the_code() -> None:
 def test_the_helpers_on_the_page_are_imported_by_the_template(call: str) -> None:
     assert call in (ROOT / "alembic" / "script.py.mako").read_text()
     assert callable(getattr(migrations, call))
+
+
+def test_the_table_of_operations_has_each_helper() -> None:
+    table = MIGRATIONS.partition("## Safe operations")[2].partition("###")[0]
+    assert set(re.findall(r"\| `(\w+)` \| [\d.]+ s \| 0\.[0-6] s \|", table)) >= HELPERS
 
 
 def test_the_metrics_on_the_page_are_those_of_the_service() -> None:

@@ -174,14 +174,78 @@ def test_a_database_with_another_encoding_is_refused_by_one_line(
         postgres.drop(name)
 
 
+OTHER_APPLICATIONS = {
+    "a table": "CREATE TABLE villain (id int PRIMARY KEY);\n CREATE INDEX i ON villain (id)",
+    "a table that refers to ours": "CREATE TABLE villain (hero_id bigint REFERENCES hero)",
+    "a table of an extension": "CREATE TABLE spatial_ref_sys (srid int PRIMARY KEY);\n"
+    " ALTER EXTENSION plpgsql ADD TABLE spatial_ref_sys",
+    "partitions": "CREATE TABLE event (at date, PRIMARY KEY (at)) PARTITION BY RANGE (at);\n"
+    " CREATE TABLE event_old PARTITION OF event FOR VALUES FROM (MINVALUE) TO ('2026-01-01');\n"
+    " CREATE INDEX ix_event ON event (at)",
+    "a child of our table": "CREATE TABLE sidekick (boss int) INHERITS (hero)",
+    "a table of the same name in another schema": "CREATE SCHEMA other;\n"
+    " CREATE TABLE other.hero (id int);\n CREATE INDEX ix_hero_age_id ON other.hero (id)",
+    "views": "CREATE VIEW names AS SELECT name FROM hero;\n"
+    " CREATE MATERIALIZED VIEW ages AS SELECT age FROM hero",
+}
+
+
 @postgresql_only
+@pytest.mark.parametrize("statements", OTHER_APPLICATIONS.values(), ids=OTHER_APPLICATIONS)
 def test_tables_of_other_applications_are_left_out_of_generated_revisions(
-    database_url: URL, database: Engine, migrate: Migrators
+    database_url: URL, database: Engine, migrate: Migrators, statements: str
 ) -> None:
     with database.connect() as connection:
-        connection.execute(text("CREATE TABLE foreign_table (id int PRIMARY KEY)"))
-        connection.execute(text("CREATE INDEX i ON foreign_table (id)"))
-    assert "No new upgrade operations detected." in migrate(database_url, "check").output
+        for statement in statements.split(";\n"):
+            connection.execute(text(statement))
+        assert "No new upgrade operations detected." in migrate(database_url, "check").output
+        connection.execute(text("ALTER TABLE hero ADD COLUMN power text"))
+        found = migrate(database_url, "check", check=False)
+        assert "New upgrade operations detected" in found.output, "control"
+
+
+@postgresql_only
+@pytest.mark.parametrize("set_by", ["the role", "the URL"])
+def test_a_search_path_other_than_public_is_used_by_all_commands(
+    empty_database: URL, postgres: Postgres, migrate: Migrators, set_by: str
+) -> None:
+    """The schema `public` has the tables of another application with the same names."""
+    path = "heroes_schema"
+    with postgres.connect(empty_database.database) as connection:
+        connection.execute(
+            f"CREATE SCHEMA {path}; CREATE TABLE hero (id text);"
+            " CREATE TABLE alembic_version (version_num text);"
+            " INSERT INTO alembic_version VALUES ('other');"
+            f" REVOKE ALL ON DATABASE {empty_database.database} FROM PUBLIC".encode()
+        )
+    grants = f"GRANT CONNECT ON DATABASE {empty_database.database} TO ROLE;"
+    if set_by == "the role":
+        grants += f"ALTER USER ROLE SET search_path = {path};"
+    else:
+        empty_database = empty_database.update_query_dict({"options": f"-c search_path={path}"})
+    with (
+        role(postgres, empty_database, f"{grants} GRANT ALL ON SCHEMA {path} TO ROLE") as owner,
+        role(postgres, empty_database, f"{grants} GRANT USAGE ON SCHEMA {path} TO ROLE") as service,
+    ):
+        migrate(owner, "upgrade", "head")
+        assert "No new upgrade operations detected." in migrate(owner, "check").output
+        with postgres.connect(empty_database.database) as connection:
+            tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+            assert connection.execute(tables).fetchone() == (2,)
+            connection.execute(
+                f"GRANT SELECT, INSERT, UPDATE, DELETE ON {path}.hero, {path}.idempotency_key"
+                f" TO {service.username}; GRANT SELECT ON {path}.alembic_version TO"
+                f" {service.username}; GRANT USAGE ON SEQUENCE {path}.hero_id_seq TO"
+                f" {service.username}".encode()
+            )
+        with serve(settings(service)) as running, running.client() as client:
+            assert client.get("/health/ready").status_code == 200
+            created = client.post("/heroes/", json=HERO, headers={"Idempotency-Key": "k"})
+            assert created.status_code == 200
+        checked = subprocess.run(
+            [BIN / "heroes", "doctor"], env=environment(service), capture_output=True, text=True
+        )
+        assert checked.stdout == "no findings\n"
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

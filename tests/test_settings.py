@@ -253,6 +253,8 @@ def test_defaults_serve_development() -> None:
     assert settings.migration_database_url is None
     assert (settings.database_pool_size, settings.database_timeout) == (16, 5)
     assert settings.api_tokens == ()
+    assert settings.cors_origins == ()
+    assert (settings.root_path, settings.keep_alive_seconds) == ("", 75)
     assert settings.telemetry is False
 
 
@@ -276,6 +278,20 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(
 def test_any_otel_variable_asks_for_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     assert read().telemetry is True
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("*", ["*"]),
+        ("https://a.example", ["https://a.example"]),
+        (" https://A.example , http://b:8080\n", ["https://a.example", "http://b:8080"]),
+        ("http://[::1]:5173,capacitor://localhost", ["http://[::1]:5173", "capacitor://localhost"]),
+        ("https://a.example:80 http://a:443", ["https://a.example:80", "http://a:443"]),
+    ],
+)
+def test_origins_are_those_that_a_browser_sends(given: str, meant: list[str]) -> None:
+    assert read(cors_origins=given).cors_origins == tuple(meant)
 
 
 WRONG = {
@@ -314,6 +330,28 @@ WRONG = {
     "no workers": ("WEB_CONCURRENCY", "0"),
     "a token without a digest": ("API_TOKENS", "hunter2"),
     "only separators": ("API_TOKENS", " , "),
+    "an origin with a path": ("CORS_ORIGINS", "https://hunter2.example/app"),
+    "an origin with a slash at its end": ("CORS_ORIGINS", "https://hunter2.example/"),
+    "an origin without a scheme": ("CORS_ORIGINS", "https://a.example, hunter2.example"),
+    "an origin with the default port": ("CORS_ORIGINS", "https://hunter2.example:443"),
+    "an origin with a user": ("CORS_ORIGINS", "https://hunter2@a.example"),
+    "an origin with a query": ("CORS_ORIGINS", "https://a.example?hunter2"),
+    "an origin with a wrong port": ("CORS_ORIGINS", "https://hunter2.example:65536"),
+    "an origin with a wildcard": ("CORS_ORIGINS", "https://*.hunter2.example"),
+    "every origin and another": ("CORS_ORIGINS", "*, https://hunter2.example"),
+    "only commas as origins": ("CORS_ORIGINS", ","),
+    "a prefix without a slash": ("ROOT_PATH", "hunter2"),
+    "a prefix with a slash at its end": ("ROOT_PATH", "/hunter2/"),
+    "only a slash as a prefix": ("ROOT_PATH", "/"),
+    "a prefix that is a URL": ("ROOT_PATH", "https://hunter2.example/api"),
+    "a prefix with a space": ("ROOT_PATH", "/hun hunter2"),
+    "a proxy that is no address": ("FORWARDED_ALLOW_IPS", "127.0.0.1, hunter2"),
+    "a proxy with a port": ("FORWARDED_ALLOW_IPS", "10.0.0.1:80"),
+    "a network with host bits": ("FORWARDED_ALLOW_IPS", "10.0.0.1/8"),
+    "every proxy and another": ("FORWARDED_ALLOW_IPS", "*,10.0.0.1"),
+    "a negative keep-alive": ("KEEP_ALIVE_SECONDS", "-1"),
+    "no keep-alive": ("KEEP_ALIVE_SECONDS", "0"),
+    "a keep-alive that is no number": ("KEEP_ALIVE_SECONDS", "hunter2"),
     "an unknown scope": ("API_TOKENS", f"hunter2:all:{SHA256}"),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlmodel import SQLModel
@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from app.api.middleware import MAX_IMPORT_BYTES
 from app.api.parameters import check_single
-from app.api.spools import SPOOL_TIMEOUT_SECONDS, StoredResponse, open_spool
+from app.api.spools import SPOOL_TIMEOUT_SECONDS, SpooledResponse, open_spool
 from app.db.crud import Crud, Rows
 from app.db.database import Database
 from app.db.pagination import Page
@@ -66,7 +66,8 @@ async def export_rows(
     # Before the response starts, so that an error still gets its status.
     rows = await database.run(crud.list, page)
     filename = f"{request.scope['path'].split('/')[-2]}.{file_format}"
-    response_class = StoredResponse if request.scope["http_version"] == "1.0" else StreamingResponse
+    is_http10 = request.scope["http_version"] == "1.0"
+    response_class = SpooledResponse if is_http10 else StreamingResponse
     return response_class(
         _lines(database, crud, page, rows, file_format),
         media_type=MEDIA_TYPES[file_format],
@@ -121,20 +122,6 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
             load, crud, rows(), timeout=IMPORT_TIMEOUT_SECONDS
         )
     return JSONResponse({"created": count})
-
-
-def refuse_other_methods(router: APIRouter) -> None:
-    """Respond to other methods of the export and the import with 405.
-
-    Without it, they would reach a route like `/{id}`, which refuses the path as an invalid id.
-    """
-    for path, method in (("/export", "GET"), ("/import", "POST")):
-
-        async def method_not_allowed(allowed: str = method) -> None:
-            raise HTTPException(405, headers={"Allow": allowed})
-
-        others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - {method})
-        router.add_api_route(path, method_not_allowed, methods=others, include_in_schema=False)
 
 
 def export_docs(model: type[SQLModel]) -> dict[str, Any]:

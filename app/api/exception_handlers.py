@@ -6,12 +6,14 @@ from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm.exc import StaleDataError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app import errors
 from app.api.openapi import PROBLEM_JSON
@@ -109,7 +111,7 @@ def respond(
     request: Request, status: int, detail: Any, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """Return FastAPI's `{"detail": ...}`, or RFC 9457's form if the client accepts it."""
-    headers = dict(headers) if headers else None
+    headers = {**(headers or {}), "Vary": "Accept"}
     if PROBLEM_JSON not in request.headers.get("accept", ""):
         return JSONResponse({"detail": detail}, status, headers)
     members = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
@@ -146,7 +148,10 @@ async def _handle_database_error(request: Request, error: Any) -> JSONResponse:
     return respond(request, *response)
 
 
-async def _handle_invalid(request: Request, error: Any) -> JSONResponse:
+async def _handle_invalid(request: Request, error: Any) -> Response:
+    # A route like `/{id}` also matches /import.
+    if request.path_params and request.method not in (allowed := _allowed_methods(request)):
+        return _refuse_method(request, allowed)
     # `input` and `ctx` repeat the request: a secret, or a NaN that JSON cannot encode.
     detail = [{key: entry[key] for key in ("type", "loc", "msg")} for entry in error.errors()]
     return respond(request, 422, detail)
@@ -164,5 +169,31 @@ async def _handle_refused_import(request: Request, error: Any) -> JSONResponse:
     return respond(request, 422, detail)
 
 
-async def _handle_http(request: Request, error: Any) -> JSONResponse:
+async def _handle_http(request: Request, error: Any) -> Response:
+    if error.status_code == 405:
+        return _refuse_method(request, _allowed_methods(request) or {"GET", "HEAD"})
     return respond(request, error.status_code, error.detail, error.headers)
+
+
+def _refuse_method(request: Request, allowed: set[str]) -> Response:
+    headers = {"Allow": ", ".join(sorted({*allowed, "OPTIONS"}))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    return respond(request, 405, "Method Not Allowed", headers)
+
+
+def _allowed_methods(request: Request) -> set[str]:
+    """Return the methods of all routes with the path of the first route that matches.
+
+    A 405 of FastAPI names the methods of one route. The set is empty for files, which have none.
+    """
+    methods: set[str] = set()
+    path = None
+    # Starlette's `Mount` has changed the root path.
+    scope = {"app_root_path": request.scope["root_path"], **request.scope}
+    scope["root_path"] = scope["app_root_path"]
+    for route in iter_route_contexts(request.app.routes):
+        if route.matches(scope)[0] is not Match.NONE:
+            path = path or route.path
+            methods |= (route.methods or set()) if route.path == path else set()
+    return methods | {"HEAD"} if "GET" in methods else methods

@@ -19,6 +19,7 @@ from app.api.parameters import (
     page_of,
 )
 from app.api.responses import create_once, created, many, one
+from app.db.writes import delete_row, update_row
 from app.heroes import HeroSort, heroes
 from app.models import INT4_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
 
@@ -97,9 +98,6 @@ async def import_heroes(request: Request, database: DatabaseDep) -> Response:
     return await bulk.import_rows(request, database, heroes)
 
 
-bulk.refuse_other_methods(router)
-
-
 @router.get("/{hero_id}", response_model=HeroPublic, response_description="The hero")
 async def read_hero(
     hero_id: RowId, database: DatabaseDep, if_none_match: IfNoneMatch = None
@@ -121,7 +119,7 @@ async def update_hero(
     hero_id: RowId, hero: HeroUpdate, database: DatabaseDep, if_match: IfMatch = None
 ) -> Response:
     """Change the given members of a hero."""
-    return one(await database.run(heroes.update, hero_id, hero, if_match))
+    return one(await update_row(database, heroes, hero_id, hero, if_match))
 
 
 @router.delete(
@@ -134,5 +132,5 @@ async def delete_hero(
     hero_id: RowId, database: DatabaseDep, if_match: IfMatch = None
 ) -> dict[str, bool]:
     """Delete a hero."""
-    await database.run(heroes.delete, hero_id, if_match)
+    await delete_row(database, heroes, hero_id, if_match)
     return {"ok": True}

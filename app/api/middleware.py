@@ -25,13 +25,18 @@ MAX_IMPORT_BYTES = 1024**3
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 # Valid ids that a client may choose for its request. The response and the log contain them.
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
+_NO_STORE = ((b"cache-control", b"no-store"),)
+_NO_CACHE = ((b"cache-control", b"no-cache"),)  # Caches must check the ETag each time.
 # Cached, because `labels` costs as much as the observation. No value of a label comes from the
 # client, so clients cannot make the cache grow.
 _request_duration = cache(metrics.request_duration.labels)
 
 
 class Observe:
-    """Gives every response an `X-Request-ID`, and logs and measures every request.
+    """Gives every response its common headers, and logs and measures every request.
+
+    HEAD is routed as GET, and its response ends after the headers.
 
     An exception that no handler has handled is a bug. It is logged with its traceback and becomes a
     500 here: so the response has its id, and the connection stays usable.
@@ -48,6 +53,9 @@ class Observe:
             await self.app(scope, receive, send)
             return
 
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
         start = time.perf_counter()
         self._active += 1
         self._schedule()
@@ -59,8 +67,18 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", current.encode())]
-            await send(message)
+                headers = message["headers"]
+                message["headers"] = [
+                    *headers,
+                    (b"x-request-id", current.encode()),
+                    _NOSNIFF,
+                    *_cache_control(headers),
+                ]
+                await send(message)
+                if method == "HEAD":
+                    await send({"type": "http.response.body"})
+            elif method != "HEAD":
+                await send(message)
 
         try:
             await self.app(scope, receive, observed)
@@ -74,7 +92,7 @@ class Observe:
             self._active -= 1
             self._entries.append(
                 AccessLogEntry(
-                    method=scope["method"],
+                    method=method,
                     path=scope["raw_path"].decode("ascii", "replace"),
                     route=getattr(scope.get("route"), "path", "none"),
                     status=status,
@@ -113,11 +131,39 @@ def _is_successful_probe(entry: AccessLogEntry) -> bool:
     return entry.status == 200 and entry.route.startswith("/health/")
 
 
+def _cache_control(headers: list[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+    """Return the response's `Cache-Control`, unless the route has set it."""
+    caching = _NO_STORE
+    for name, _ in headers:
+        if name == b"cache-control":
+            return ()
+        if name == b"etag":
+            caching = _NO_CACHE
+    return caching
+
+
 def _client_request_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             return value.decode() if _REQUEST_ID.fullmatch(value) else None
     return None
+
+
+class RootPath:
+    """Restores the path prefix that a proxy has stripped, as uvicorn's `--root-path` does.
+
+    So `Location`, `Link`, the docs and the redirect to them contain the prefix.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self.app = app
+        self.root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["root_path"] = self.root_path
+            scope["path"] = self.root_path + scope["path"]
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -81,7 +81,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ValidationProblem, "description": _DESCRIPTIONS[422]},
     503: {"model": Error, "description": _DESCRIPTIONS[503]},
 }
-_HEADERS: dict[str, tuple[str, str | int]] = {
+HEADERS: dict[str, tuple[str, str | int]] = {
     "X-Request-ID": (
         "The request's own id, or a new one. The log contains it.",
         "8a6b2f0e9c3d4d5f",
@@ -191,5 +191,5 @@ def _headers(names: Iterable[str]) -> dict[str, Any]:
             "schema": {"type": "integer" if isinstance(example, int) else "string"},
             "example": example,
         }
-        for name, (description, example) in ((name, _HEADERS[name]) for name in names)
+        for name, (description, example) in ((name, HEADERS[name]) for name in names)
     }

@@ -49,7 +49,7 @@ def open_spool() -> Iterator[IO[bytes]]:
             spool.close()
 
 
-class StoredResponse(StreamingResponse):
+class SpooledResponse(StreamingResponse):
     """A streamed response with a Content-Length, for HTTP/1.0. It is stored before it is sent.
 
     uvicorn would send it in chunks, which RFC 9112 (section 6.1) forbids. nginx, for example,

@@ -91,6 +91,8 @@ class Crud(Generic[Create]):
         self._count_statement = lru_cache(maxsize=256)(self._build_count)
         self._update_statement = lru_cache(maxsize=256)(self._build_update)
         self._delete_statement = lru_cache(maxsize=2)(self._build_delete)
+        self._update_batch = lru_cache(maxsize=256)(self._build_update_batch)
+        self._delete_batch = self._build_delete_batch()
 
     def create(self, session: Session, row: Create) -> Record:
         """Insert the row and return it with its id."""
@@ -111,7 +113,7 @@ class Crud(Generic[Create]):
         if page.after:
             parameters |= {"after_value": page.after.value, "after_id": page.after.id}
         statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
-        rows = session.connection().execute(statement, parameters)
+        rows = session.connection().execute(statement, parameters).all()
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     @reads
@@ -161,6 +163,37 @@ class Crud(Generic[Create]):
         if not session.connection().execute(statement, parameters).rowcount:
             raise self._not_written(session, row_id, if_match)
 
+    def update_many(
+        self, session: Session, items: Sequence[tuple[int, SQLModel]]
+    ) -> Sequence[Record | None]:
+        """Write the set members of each item's changes, and return the rows in the same order.
+
+        Returns None for a row that was not written, because it does not exist, another transaction
+        has locked it, or an earlier item changes it too. So no call waits for another call's lock,
+        and batches cannot deadlock. Call `update` for these.
+        """
+        changes: dict[int, dict[str, Any]] = {}
+        for row_id, model in items:
+            changes.setdefault(row_id, model.model_dump(exclude_unset=True))
+        names = frozenset(name for change in changes.values() for name in change)
+        if not self._can_batch(session, names):
+            return [None] * len(items)
+        parameters: dict[str, list[Any]] = {"ids": list(changes)}
+        for name in names:
+            parameters[f"new_{name}"] = [change.get(name) for change in changes.values()]
+            parameters[f"has_{name}"] = [name in change for change in changes.values()]
+        records = self._records(session, self._update_batch(names), parameters)
+        found = {record.id: record for record in records}
+        return [found.pop(row_id, None) for row_id, _ in items]
+
+    def delete_many(self, session: Session, ids: Sequence[int]) -> Sequence[bool]:
+        """Delete the rows. Returns False for each row that `update_many` would not write."""
+        if not self._can_batch(session, frozenset()):
+            return [False] * len(ids)
+        parameters = {"ids": list(set(ids))}
+        deleted = dict.fromkeys(session.connection().scalars(self._delete_batch, parameters), True)
+        return [deleted.pop(row_id, False) for row_id in ids]
+
     def not_found(self) -> NotFound:
         """Return the error for an id without a row."""
         return NotFound(f"{self.name} not found")
@@ -189,7 +222,7 @@ class Crud(Generic[Create]):
         return Changed(f"The {self.name.lower()} has changed")
 
     def _records(self, session: Session, statement: Any, parameters: Any) -> Records:
-        rows = session.connection().execute(statement, parameters)
+        rows = session.connection().execute(statement, parameters).all()
         names, id_index = self.names, self._id_index
         # The row ends with the version, for which there is no name.
         return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
@@ -216,6 +249,51 @@ class Crud(Generic[Create]):
 
     def _build_delete(self, has_versions: bool) -> sa.Delete:
         return sa.delete(self.table).where(*self._conditions(has_versions))
+
+    def _can_batch(self, session: Session, names: frozenset[str]) -> bool:
+        """Return whether one statement can change many rows: not on SQLite, which has no `unnest`.
+
+        `unnest` would also take the arrays apart that are values of a column.
+        """
+        types = [self.table.c[name].type for name in names]
+        is_scalar = not any(isinstance(each, sa.ARRAY | sa.JSON) for each in types)
+        return is_scalar and session.get_bind().dialect.name == "postgresql"
+
+    def _lock(self, columns: Mapping[str, Any]) -> sa.CTE:
+        """Return the rows of the arrays whose ids exist. They are locked, or left out if locked."""
+        arrays = [sa.bindparam(name, type_=sa.ARRAY(kind)) for name, kind in columns.items()]
+        given = (
+            sa.func.unnest(*arrays)
+            .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
+            .render_derived()
+        )
+        row_id = self.table.c.id
+        return (
+            sa.select(*given.c)
+            .select_from(given.join(self.table, row_id == given.c.ids))
+            .order_by(row_id)
+            .with_for_update(of=self.table, skip_locked=True)
+            .cte("locked")
+        )
+
+    def _build_update_batch(self, names: frozenset[str]) -> sa.Update:
+        columns: dict[str, Any] = {"ids": sa.BigInteger()}
+        for name in sorted(names):
+            columns |= {f"new_{name}": self.table.c[name].type, f"has_{name}": sa.Boolean()}
+        locked = self._lock(columns)
+        values: dict[str, Any] = {
+            name: sa.case(
+                (locked.c[f"has_{name}"], locked.c[f"new_{name}"]), else_=self.table.c[name]
+            )
+            for name in names
+        }
+        values["version"] = self.table.c.version + 1
+        return self._update.where(self.table.c.id == locked.c.ids).values(values)
+
+    def _build_delete_batch(self) -> sa.sql.dml.ReturningDelete[Any]:
+        locked = self._lock({"ids": sa.BigInteger()})
+        row_id = self.table.c.id
+        return sa.delete(self.table).where(row_id == locked.c.ids).returning(row_id)
 
     def _conditions(self, has_versions: bool) -> Sequence[sa.ColumnElement[bool]]:
         return [self._has_id, self._has_version] if has_versions else [self._has_id]

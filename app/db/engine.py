@@ -38,7 +38,9 @@ def sqlstate(error: BaseException | None) -> str | None:
             return "42703"
         return _SQLSTATE_OF_SQLITE.get(error.sqlite_errorcode & 0xFF, "HY000")
     state: str | None = getattr(error, "sqlstate", None)
-    if state or isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+    # psycopg raises InternalError if it cannot make sense of the results of a lost connection.
+    lost = psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError
+    if state or isinstance(error, lost):
         return state
     # A text with NUL, a time without a zone, a number that is too large.
     bad_value = isinstance(error, psycopg.DataError | ValueError | ArithmeticError)

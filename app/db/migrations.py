@@ -1,7 +1,12 @@
 """Change the schema of a database in use: one migrator at a time, short locks, safe statements.
 
 For `alembic/env.py` and the revisions. The service does not use it. docs/migrations.md explains
-which helper to use when.
+which helper to use when. `alembic revision --autogenerate` writes calls of the helpers.
+
+A helper commits each of its statements, so that a lock ends with its statement. It can be run
+again after it failed or was killed. It refuses to run after other changes of the same revision,
+because these would be committed half-way. On SQLite the upgrade is one transaction, and a helper
+rebuilds the table (batch mode).
 """
 
 import logging
@@ -9,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -34,8 +40,14 @@ _ADVISORY_LOCK = 7_452_308_671
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
+_UNIQUE_VIOLATION = "23505"
+_FOREIGN_KEY_VIOLATION = "23503"
 _CHECK_VIOLATION = "23514"
 _MAX_LOGGED_KEYS = 20
+_POOLER_ROUNDS = 10
+# A batch of a backfill keeps its rows locked while it waits for another row.
+_ROW_LOCK_TIMEOUT = "100ms"
+_PROGRESS_SECONDS = 5
 
 
 def engine(url: URL) -> Engine:
@@ -103,7 +115,8 @@ def use_write_ahead_log(engine: Engine) -> None:
 def only_migrator(engine: Engine) -> Iterator[None]:
     """Hold a lock that keeps other migrators waiting, on all hosts, during the block.
 
-    Raises `CommandError` if another migrator runs for more than `OTHER_MIGRATOR_WAIT_SECONDS`.
+    Raises `CommandError` if another migrator runs for more than `OTHER_MIGRATOR_WAIT_SECONDS`, or
+    if the URL leads to a pooler in transaction mode, where the lock would outlive the migrator.
     SQLite needs no such lock: the upgrade is one transaction, which has the write lock.
     """
     if engine.dialect.name != "postgresql":
@@ -112,6 +125,7 @@ def only_migrator(engine: Engine) -> Iterator[None]:
     # On a separate connection, and by polling. A migrator that waited within a statement would hold
     # a snapshot, for which the CREATE INDEX CONCURRENTLY of the running migrator would wait.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        _refuse_shared_session(connection)
         deadline = time.monotonic() + OTHER_MIGRATOR_WAIT_SECONDS
         lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=_ADVISORY_LOCK)
         is_logged = False
@@ -128,20 +142,41 @@ def only_migrator(engine: Engine) -> Iterator[None]:
         yield
 
 
+def _refuse_shared_session(connection: Connection) -> None:
+    """Raise `CommandError` if other clients use the session of this connection in between."""
+    get_pid = sa.select(sa.func.pg_backend_pid())
+    pid = connection.scalar(get_pid)
+    driver = connection.connection.driver_connection
+    if driver and driver.info.backend_pid == pid:
+        return  # PostgreSQL sent its pid at the start. A pooler invents one, in each of its modes.
+    # In transaction mode, a transaction of another client takes the session that was used last,
+    # which is ours, or the session that was idle for longest. Then our next statement takes another
+    # session, unless there are two, and the roles are swapped the next time. The number of rounds
+    # allows for the statements of other clients.
+    for _ in range(_POOLER_ROUNDS):
+        with connection.engine.connect() as other:
+            if other.scalar(get_pid) == pid or connection.scalar(get_pid) != pid:
+                raise CommandError(
+                    "The URL leads to a pooler in transaction mode, where migrations cannot lock:"
+                    " set MIGRATION_DATABASE_URL to the URL of PostgreSQL itself"
+                )
+
+
 def retry_on_lock_timeout(migrate: Callable[[], None]) -> None:
     """Run `migrate` again, after a pause, while it fails because it did not get a lock.
 
     Committed work is not repeated: each revision is a transaction, and a revision that cannot be
-    one is written so that it can be run again. Raises `CommandError` after `LOCK_WAIT_SECONDS`.
+    one is written so that it can be run again. Raises `CommandError` after `LOCK_WAIT_SECONDS` of
+    pauses. The attempts do not count, because one may build an index for an hour.
     """
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    waited = 0.0
     while True:
         try:
             return migrate()
         except DBAPIError as error:
             if sqlstate(error.orig) not in (_LOCK_NOT_AVAILABLE, _DEADLOCK_DETECTED):
                 raise
-        if time.monotonic() > deadline:
+        if waited > LOCK_WAIT_SECONDS:
             raise CommandError(
                 f"Could not acquire a lock within {LOCK_WAIT_SECONDS} seconds:"
                 " end the blocking session and run the migration again"
@@ -150,52 +185,38 @@ def retry_on_lock_timeout(migrate: Callable[[], None]) -> None:
         pause = random.uniform(0.5, 1.5)  # noqa: S311
         logger.info("The table is in use: trying again in %.1f s", pause)
         time.sleep(pause)
+        waited += pause
 
 
-def create_index(name: str, table: str, columns: list[str], *, unique: bool = False) -> None:
-    """CREATE INDEX CONCURRENTLY, which does not block writes. Can be run again.
+def _on_postgresql() -> bool:
+    return op.get_context().dialect.name == "postgresql"
 
-    Replaces an invalid index that an interrupted build has left: IF NOT EXISTS alone would accept
-    it. Raises `CommandError` if the build ends with an invalid index.
+
+@contextmanager
+def _committing_each() -> Iterator[None]:
+    """Commit each statement of the block.
+
+    Raises `CommandError` if the upgrade of the revision has changed something before, which would
+    be committed too and would fail when the revision runs again.
     """
     context = op.get_context()
-    if context.dialect.name != "postgresql":
-        op.create_index(name, table, columns, unique=unique, if_not_exists=True)
-        return
-    with context.autocommit_block():
-        _without_timeouts()
-        if _is_valid(name) is False:
-            logger.warning(
-                "The index %s is invalid, its build was interrupted: rebuilding it", name
-            )
-            op.drop_index(name, table, postgresql_concurrently=True)
-        op.create_index(
-            name, table, columns, unique=unique, if_not_exists=True, postgresql_concurrently=True
+    has_changed = sa.text("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+    if context.opts.get("is_upgrade") and not context.as_sql and op.get_bind().scalar(has_changed):
+        raise CommandError(
+            "A helper that commits follows another change in the same revision: move it and the"
+            " steps after it to a revision of their own"
         )
-        _with_timeouts()
-        if _is_valid(name) is False:
-            raise CommandError(f"The index {name} is invalid: run the migration again")
-
-
-def drop_index(name: str, table: str) -> None:
-    """DROP INDEX CONCURRENTLY, which does not block reads and writes. Can be run again."""
-    context = op.get_context()
-    if context.dialect.name != "postgresql":
-        op.drop_index(name, table, if_exists=True)
-        return
     with context.autocommit_block():
-        _without_timeouts()
-        op.drop_index(name, table, if_exists=True, postgresql_concurrently=True)
-        _with_timeouts()
+        yield
 
 
-def _without_timeouts() -> None:
-    """Switch the timeouts off for a statement that waits without blocking other statements."""
+@contextmanager
+def _without_timeouts() -> Iterator[None]:
+    """Switch the timeouts off for statements that wait without blocking other statements."""
     op.execute("SET lock_timeout = 0")
     op.execute("SET statement_timeout = 0")
-
-
-def _with_timeouts() -> None:
+    yield
+    # After an error the session ends.
     op.execute("RESET lock_timeout")
     op.execute("RESET statement_timeout")
 
@@ -203,6 +224,61 @@ def _with_timeouts() -> None:
 def _quote(name: str) -> str:
     """Quote a name that needs it, such as `order` or `user`."""
     return op.get_context().dialect.identifier_preparer.quote(name)
+
+
+def _sql(condition: str) -> sa.TextClause:
+    """Return a condition as SQL. A colon in it does not begin a parameter."""
+    return sa.text(condition.replace(":", r"\:"))
+
+
+def create_index(
+    name: str, table: str, columns: list[Any], *, unique: bool = False, **options: Any
+) -> None:
+    """Build an index concurrently. Can be run again.
+
+    Lock: SHARE UPDATE EXCLUSIVE, which blocks neither reads nor writes. Replaces an invalid index
+    that an interrupted build has left: IF NOT EXISTS alone would accept it. `options` are those of
+    `op.create_index`. Raises `CommandError` if the rows are not unique.
+    """
+    if not _on_postgresql():
+        op.create_index(name, table, columns, unique=unique, if_not_exists=True, **options)
+        return
+    with _committing_each(), _without_timeouts():
+        if _is_valid(name) is False:
+            logger.warning(
+                "The index %s is invalid, its build was interrupted: rebuilding it", name
+            )
+            _drop_index(name, table)
+        options |= {"if_not_exists": True, "postgresql_concurrently": True}
+        try:
+            op.create_index(name, table, columns, unique=unique, **options)
+        except DBAPIError as error:
+            if sqlstate(error.orig) != _UNIQUE_VIOLATION:
+                raise
+            # An invalid unique index would refuse new rows all the same.
+            _drop_index(name, table)
+            raise CommandError(
+                f"The rows of {table} are not unique, as {name} requires:"
+                " correct them and run the migration again"
+            ) from error
+        if _is_valid(name) is False:
+            raise CommandError(f"The index {name} is invalid: run the migration again")
+
+
+def drop_index(name: str, table: str) -> None:
+    """Drop an index concurrently. Can be run again.
+
+    Lock: SHARE UPDATE EXCLUSIVE, which blocks neither reads nor writes.
+    """
+    if not _on_postgresql():
+        op.drop_index(name, table, if_exists=True)
+        return
+    with _committing_each(), _without_timeouts():
+        _drop_index(name, table)
+
+
+def _drop_index(name: str, table: str) -> None:
+    op.drop_index(name, table, if_exists=True, postgresql_concurrently=True)
 
 
 def _is_valid(index: str) -> bool | None:
@@ -214,44 +290,151 @@ def _is_valid(index: str) -> bool | None:
     return result
 
 
-def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> None:
-    """Add CHECK constraints by name, first for new rows only. Can be run again.
+def add_check(name: str, table: str, condition: str, *, key: str = "id") -> None:
+    """Add a CHECK constraint, first for new rows only. Can be run again.
 
-    Old rows are checked afterwards, under a lock that does not block writes. Old rows that violate
-    a constraint are kept, counted and logged by their `key`. On PostgreSQL the constraint then
-    stays NOT VALID until an operator corrects the rows and validates it.
+    Locks: ACCESS EXCLUSIVE for an instant, to add the constraint NOT VALID. Then SHARE UPDATE
+    EXCLUSIVE, which blocks neither reads nor writes, to validate it. Old rows that violate it are
+    kept, counted and logged by their `key`. The constraint then stays NOT VALID until an operator
+    corrects the rows and validates it.
     """
-    if op.get_context().dialect.name != "postgresql":
-        _add_checks_to_sqlite(table, checks, key)
+    add_checks(table, {name: condition}, key=key)
+
+
+def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> None:
+    """Add CHECK constraints by name, as `add_check` does. SQLite rebuilds the table once."""
+    if not _on_postgresql():
+        for name, condition in checks.items():
+            _log_violations(table, name, condition, key)
+        # The rebuild copies all rows, also those that violate a constraint.
+        op.execute("PRAGMA ignore_check_constraints = ON")
+        with op.batch_alter_table(table) as batch:
+            for name, condition in checks.items():
+                batch.create_check_constraint(op.f(name), _sql(condition))
+        op.execute("PRAGMA ignore_check_constraints = OFF")
         return
-    for name, condition in checks.items():
+    with _committing_each():
+        for name, condition in checks.items():
+            if not _has_constraint(table, name):
+                op.create_check_constraint(
+                    op.f(name), table, _sql(condition), postgresql_not_valid=True
+                )
+        for name, condition in checks.items():
+            _validate(table, name, condition, key)
+
+
+def add_foreign_key(
+    name: str,
+    table: str,
+    columns: list[str],
+    referent: str,
+    referent_columns: list[str],
+    *,
+    key: str = "id",
+    **options: Any,
+) -> None:
+    """Add a foreign key, first for new rows only. Can be run again.
+
+    Locks: SHARE ROW EXCLUSIVE on both tables for an instant, to add the constraint NOT VALID. Then
+    SHARE UPDATE EXCLUSIVE and ROW SHARE, which block neither reads nor writes, to validate it. Old
+    rows that violate it are handled as in `add_check`. `options` are those of
+    `op.create_foreign_key`, such as `ondelete`.
+    """
+    both = zip(columns, referent_columns, strict=True)
+    table_, referent_ = _quote(table), _quote(referent)
+    equal = [f"{referent_}.{_quote(to)} = {table_}.{_quote(column)}" for column, to in both]
+    condition = " OR ".join(
+        [f"{table_}.{_quote(column)} IS NULL" for column in columns]
+        + [f"EXISTS (SELECT 1 FROM {referent_} WHERE {' AND '.join(equal)})"]
+    )
+    if not _on_postgresql():
+        _log_violations(table, name, condition, key)
+        with op.batch_alter_table(table) as batch:
+            batch.create_foreign_key(op.f(name), referent, columns, referent_columns, **options)
+        return
+    with _committing_each():
+        if not _has_constraint(table, name):
+            op.create_foreign_key(
+                op.f(name),
+                table,
+                referent,
+                columns,
+                referent_columns,
+                postgresql_not_valid=True,
+                **options,
+            )
+        _validate(table, name, condition, key)
+
+
+def add_unique(name: str, table: str, columns: list[str]) -> None:
+    """Add a unique constraint that uses an index built concurrently. Can be run again.
+
+    Locks: those of `create_index`. Then ACCESS EXCLUSIVE for an instant, to make the index a
+    constraint. Raises `CommandError` if the rows are not unique.
+    """
+    if not _on_postgresql():
+        with op.batch_alter_table(table) as batch:
+            batch.create_unique_constraint(op.f(name), columns)
+        return
+    create_index(name, table, columns, unique=True)
+    with _committing_each():
         if not _has_constraint(table, name):
             op.execute(
                 f"ALTER TABLE {_quote(table)} ADD CONSTRAINT {_quote(name)}"
-                f" CHECK ({condition}) NOT VALID"
+                f" UNIQUE USING INDEX {_quote(name)}"
             )
-    with op.get_context().autocommit_block():
-        op.execute("SET statement_timeout = 0")
-        for name, condition in checks.items():
-            try:
-                op.execute(f"ALTER TABLE {_quote(table)} VALIDATE CONSTRAINT {_quote(name)}")
-            except DBAPIError as error:
-                if sqlstate(error.orig) != _CHECK_VIOLATION:
-                    raise
-                _log_violations(table, name, condition, key)
-        op.execute("RESET statement_timeout")
 
 
-def _add_checks_to_sqlite(table: str, checks: Mapping[str, str], key: str) -> None:
-    if not op.get_context().as_sql:
-        for name, condition in checks.items():
-            _log_violations(table, name, condition, key)
-    # SQLite rebuilds the table and copies all rows, also those that violate a constraint.
-    op.execute("PRAGMA ignore_check_constraints = ON")
-    with op.batch_alter_table(table) as batch:
-        for name, condition in checks.items():
-            batch.create_check_constraint(op.f(name), sa.text(condition))
-    op.execute("PRAGMA ignore_check_constraints = OFF")
+def drop_constraint(name: str, table: str, *, type_: str) -> None:
+    """Drop a constraint of the type `check`, `foreignkey` or `unique`. Can be run again.
+
+    Lock: ACCESS EXCLUSIVE for an instant, for a foreign key on both tables.
+    """
+    if not _on_postgresql():
+        with op.batch_alter_table(table) as batch:
+            batch.drop_constraint(op.f(name), type_=type_)
+        return
+    with _committing_each():
+        op.drop_constraint(op.f(name), table, if_exists=True)
+
+
+def set_not_null(table: str, column: str) -> None:
+    """Make a column NOT NULL. Can be run again.
+
+    Locks: those of `add_check`, because a validated CHECK spares SET NOT NULL the scan. Then
+    ACCESS EXCLUSIVE for two instants, for SET NOT NULL and to drop the CHECK. Raises `CommandError`
+    and changes no constraint if the column of a row is NULL.
+    """
+    if not _on_postgresql():
+        with op.batch_alter_table(table) as batch:
+            batch.alter_column(column, nullable=False)
+        return
+    check, condition = f"{column}_is_set"[:63], f"{_quote(column)} IS NOT NULL"
+    with _committing_each():
+        if not _has_constraint(table, check):
+            op.create_check_constraint(
+                op.f(check), table, _sql(condition), postgresql_not_valid=True
+            )
+        if not _validate(table, check, condition, None):
+            op.drop_constraint(op.f(check), table)
+            raise CommandError(
+                f"{table}.{column} is NULL in some rows: backfill them and run the migration again"
+            )
+        op.alter_column(table, column, nullable=False)
+        op.drop_constraint(op.f(check), table)
+
+
+def drop_not_null(table: str, column: str) -> None:
+    """Allow NULL in a column. Can be run again.
+
+    Lock: ACCESS EXCLUSIVE for an instant.
+    """
+    if not _on_postgresql():
+        with op.batch_alter_table(table) as batch:
+            batch.alter_column(column, nullable=True)
+        return
+    with _committing_each():
+        op.alter_column(table, column, nullable=True)
 
 
 def _has_constraint(table: str, name: str) -> bool:
@@ -264,11 +447,30 @@ def _has_constraint(table: str, name: str) -> bool:
     return bool(op.get_bind().scalar(named, {"table": _quote(table), "name": name}))
 
 
+def _validate(table: str, name: str, condition: str, key: str | None) -> bool:
+    """Validate a constraint; return whether all rows meet it. Logs other rows if there is a key."""
+    try:
+        op.execute("SET statement_timeout = 0")
+        op.execute(f"ALTER TABLE {_quote(table)} VALIDATE CONSTRAINT {_quote(name)}")
+    except DBAPIError as error:
+        if sqlstate(error.orig) not in (_CHECK_VIOLATION, _FOREIGN_KEY_VIOLATION):
+            raise
+        if key:
+            _log_violations(table, name, condition, key)
+        return False
+    finally:
+        op.execute("RESET statement_timeout")
+    return True
+
+
 def _log_violations(table: str, constraint: str, condition: str, key: str) -> None:
+    if op.get_context().as_sql:
+        return
+    column = sa.literal_column(_quote(key), sa.types.NullType())
+    violating = sa.select(column).select_from(sa.table(table)).order_by(column)
+    violating = violating.where(_sql(f"NOT ({condition})"))
     connection: Connection = op.get_bind()
-    column = _quote(key)
-    violating = f"SELECT {column} FROM {_quote(table)} WHERE NOT ({condition}) ORDER BY {column}"
-    keys = connection.execute(sa.text(violating)).scalars().all()
+    keys = connection.execute(violating).scalars().all()
     if keys:
         logger.warning(
             "%d old rows of %s violate %s and are kept: %s %s%s",
@@ -281,27 +483,56 @@ def _log_violations(table: str, constraint: str, condition: str, key: str) -> No
         )
 
 
-def backfill(table: str, assignments: str, where: str, *, key: str, batch: int = 1000) -> None:
+def backfill(
+    table: str, assignments: str, where: str, *, key: str, batch: int = 1000, pause: float = 0.01
+) -> None:
     """UPDATE table SET assignments WHERE where, in transactions of `batch` rows. Can be run again.
 
-    Writes of the same rows wait only for one short transaction. PostgreSQL only: SQLite has one
-    writer, so it needs no batches.
+    Lock: ROW EXCLUSIVE, and each row's lock during one short transaction, which is tried again if
+    another one has locked a row. `pause` seconds between the transactions leave time to others.
+    Rows that no longer match `where` are skipped, so a backfill that was interrupted continues.
+    Ends with ANALYZE. On SQLite it is one statement.
     """
-    context = op.get_context()
-    table, key = _quote(table), _quote(key)
-    if context.as_sql:
-        op.execute(f"UPDATE {table} SET {assignments} WHERE {where}")
+    quoted, column = _quote(table), _quote(key)
+    update = f"UPDATE {quoted} SET {assignments} WHERE ({where})"
+    if not _on_postgresql() or op.get_context().as_sql:
+        op.execute(update)
         return
-    statement = sa.text(
-        f"UPDATE {table} SET {assignments} WHERE ({where}) AND {key} > :after AND {key} <= :upto"
+    first = sa.text(f"SELECT {column} FROM {quoted} WHERE {where} ORDER BY {column} LIMIT 1")
+    upto = sa.text(
+        f"SELECT {column} FROM (SELECT {column} FROM {quoted} WHERE {column} >= :start"
+        f" ORDER BY {column} LIMIT {batch}) AS rows ORDER BY {column} DESC LIMIT 1"
     )
-    with context.autocommit_block():
+    following = sa.text(
+        f"SELECT {column} FROM {quoted} WHERE {column} > :last ORDER BY {column} LIMIT 1"
+    )
+    change = sa.text(f"{update} AND {column} >= :start AND {column} <= :last")
+    with _committing_each():
         connection: Connection = op.get_bind()
-        upto = sa.text(
-            f"SELECT max({key}) FROM (SELECT {key} FROM {table}"
-            f" WHERE {key} > :after ORDER BY {key} LIMIT {batch}) AS rows"
-        )
-        after = connection.scalar(sa.text(f"SELECT min({key}) - 1 FROM {table}"))
-        while after is not None and (last := connection.scalar(upto, {"after": after})) is not None:
-            connection.execute(statement, {"after": after, "upto": last})
-            after = last
+        op.execute("SET statement_timeout = 0")
+        total: int = connection.scalar(sa.text(f"SELECT count(*) FROM {quoted} WHERE {where}")) or 0
+        start = connection.scalar(first)
+        op.execute("RESET statement_timeout")
+        op.execute(f"SET lock_timeout = '{_ROW_LOCK_TIMEOUT}'")
+        done, began = 0, time.monotonic()
+        next_log = began + _PROGRESS_SECONDS
+
+        def change_batch() -> None:
+            nonlocal done
+            done += connection.execute(change, {"start": start, "last": last}).rowcount
+
+        while start is not None:
+            last = connection.scalar(upto, {"start": start})
+            retry_on_lock_timeout(change_batch)
+            start = connection.scalar(following, {"last": last})
+            if time.monotonic() > next_log or start is None:
+                rate = done / (time.monotonic() - began)
+                left = f"{max(total - done, 0) / rate:,.0f}" if rate else "?"
+                logger.info(
+                    f"Backfill of {table}: {done:,} of {total:,} rows, {rate:,.0f} rows/s,"
+                    f" {left} s left"
+                )
+                next_log += _PROGRESS_SECONDS
+            time.sleep(pause)
+        op.execute("RESET lock_timeout")
+        op.execute(f"ANALYZE {quoted}")

@@ -214,7 +214,7 @@ def _parameters(url: URL, timeout: float) -> dict[str, Any]:
     given: dict[str, Any] = {**url.get_dialect()().create_connect_args(url)[1]}
     convert_prepare_threshold(given)
     milliseconds = math.ceil(timeout * 1000)
-    parameters: dict[str, Any] = {
+    return {
         "autocommit": True,
         "application_name": NAME,
         # Not the database's encoding: psycopg would return the texts of SQL_ASCII as bytes.
@@ -232,9 +232,6 @@ def _parameters(url: URL, timeout: float) -> dict[str, Any]:
         f" -c idle_in_transaction_session_timeout={milliseconds}",
         **given,
     }
-    if "," in str(given.get("host", "")):
-        parameters.setdefault("target_session_attrs", "read-write")
-    return parameters
 
 
 async def _resolve(parameters: dict[str, Any], errors: list[BaseException]) -> list[dict[str, Any]]:

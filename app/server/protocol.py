@@ -5,6 +5,7 @@ import json
 import sys
 from asyncio import TimerHandle
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -13,14 +14,20 @@ MAX_HEAD_FIELDS = 100
 # the response, at a rate of at least this many bytes in this time.
 CLIENT_TIMEOUT_SECONDS = 10
 MIN_PROGRESS_BYTES = 1024
+# Seconds after which a draining worker closes an idle connection.
+DRAINING_KEEP_ALIVE_SECONDS = 5
 
 
 class _HeadTooLarge(Exception):
     pass
 
 
+class _HostMissing(Exception):
+    pass
+
+
 class BoundedProtocol(HttpToolsProtocol):
-    """Protects the worker from slow and oversized requests.
+    """Protects the worker from slow, oversized and ambiguous requests.
 
     A request's head (the request line and the header fields) over `MAX_HEAD_BYTES` or
     `MAX_HEAD_FIELDS` is refused with 431 (RFC 6585) as soon as it exceeds the limit. The same limit
@@ -35,6 +42,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_complete = False
     _reading = True  # A new connection has to send its first request.
     _refused = False
+    _data = b""
+    _upgraded = False  # In this piece of data. A second one is refused.
     _progress = 0
     _slow: TimerHandle | None = None
     _unread: TimerHandle | None = None
@@ -55,7 +64,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._progress += len(data)
         self._overhead += len(data)
+        self._data, self._upgraded = data, False
         super().data_received(data)
+        self._data = b""
         if self._refused or self.transport.is_closing():
             return
         if self._reading and self._overhead > MAX_HEAD_BYTES:
@@ -68,9 +79,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._slow = None
         if not self._reading and self.cycle.response_complete and not self.timeout_keep_alive_task:
             # Empty lines between requests cancel uvicorn's timer without starting a request.
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._start_keep_alive_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -84,16 +93,47 @@ class BoundedProtocol(HttpToolsProtocol):
         head = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head > MAX_HEAD_BYTES or len(self.headers) > MAX_HEAD_FIELDS:
             raise _HeadTooLarge
+        hosts = [name for name, _ in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise _HostMissing  # RFC 9112, section 3.2.
         self._head_complete = True
+        if self._is_upgrade():
+            return
         super().on_headers_complete()
+        if self.expect_100_continue:
+            # A client that gets another status than 100 does not send the body, so the next bytes
+            # may be the body or the next request.
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._overhead = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade():
+            return
         super().on_message_complete()
         self._reading = False
+
+    def _is_upgrade(self) -> bool:
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Parse the request again without its Upgrade, which a server may ignore (RFC 9110, 7.8).
+
+        httptools drops the body of such a request. Java's HttpClient asks for HTTP/2 by default.
+        """
+        upgrade = sys.exception()
+        if self._upgraded or not isinstance(upgrade, HttpParserUpgrade):
+            self._head_complete = False
+            self._refuse(400, "Invalid HTTP request received.")
+            return
+        lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+        lines += [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        self._data = b"\r\n".join([*lines, b"", self._data[upgrade.args[0] :]])
+        self._upgraded = True
+        self.parser = HttpRequestParser(self)
+        super().data_received(self._data)
 
     def send_400_response(self, msg: str) -> None:
         # Called while uvicorn handles an error of httptools, which wraps the error of a callback.
@@ -106,6 +146,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch_unread()
+
+    def drain(self) -> None:
+        """Close the connection after its next response, or if it stays idle."""
+        if self.cycle and not self.cycle.response_started:  # A started response has its headers.
+            self.cycle.keep_alive = False
+        self.timeout_keep_alive = min(self.timeout_keep_alive, DRAINING_KEEP_ALIVE_SECONDS)
+        if self.timeout_keep_alive_task:
+            self._start_keep_alive_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -125,6 +173,8 @@ class BoundedProtocol(HttpToolsProtocol):
         fields = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
+            (b"cache-control", b"no-store"),
+            (b"x-content-type-options", b"nosniff"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
@@ -132,6 +182,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
         self.transport.close()
         self._watch_unread()
+
+    def _start_keep_alive_timer(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _close_if_slow(self) -> None:
         self._slow = None

@@ -25,7 +25,7 @@ class DrainingServer(Server):
     uvicorn closes idle keep-alive connections immediately, although a request may be on its way.
     This server first stops accepting connections, which other workers accept on the same listeners.
     It then sends `connection: close` with each response, and waits until all connections are
-    closed: by their clients, or by the keep-alive timeout.
+    closed: after their next response, or because they stay idle.
     """
 
     drain_seconds: float = 25
@@ -37,9 +37,8 @@ class DrainingServer(Server):
         close = (b"connection", b"close")
         self.server_state.default_headers = [*self.server_state.default_headers, close]
         for connection in self.server_state.connections:
-            cycle = getattr(connection, "cycle", None)
-            if cycle and not cycle.response_started:  # A started response has sent its headers.
-                cycle.keep_alive = False
+            if isinstance(connection, BoundedProtocol):
+                connection.drain()
         logger.info("Draining %d connections", len(self.server_state.connections))
         deadline = time.monotonic() + self.drain_seconds
         while self.server_state.connections and time.monotonic() < deadline:

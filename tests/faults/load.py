@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ class Load:
     requests: Sequence[tuple[str, str, str]] = (("GET", "/heroes/", ""),)
     keep_alive_clients: int = 16
     fresh_clients: int = 4
+    host: str = "heroes"
+    tls: ssl.SSLContext | None = None
     answered: int = 0
     slowest: float = 0
     # Errors of requests without a response, and those of them on a reused connection.
@@ -31,7 +34,7 @@ class Load:
         """Send one request; return whether the connection may be used again."""
         method, path, body = random.choice(self.requests)
         writer.write(
-            f"{method} {path} HTTP/1.1\r\nHost: heroes\r\nConnection: {connection}\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: {connection}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -47,7 +50,12 @@ class Load:
             start = time.monotonic()
             again, in_use = False, connection is not None
             try:
-                connection = connection or await asyncio.open_connection("127.0.0.1", self.port)
+                connection = connection or await asyncio.open_connection(
+                    "127.0.0.1",
+                    self.port,
+                    ssl=self.tls,
+                    server_hostname=self.host if self.tls else None,
+                )
                 again = await self._exchange(*connection, "keep-alive" if keep_alive else "close")
                 self.answered += 1
             except (OSError, EOFError) as error:

@@ -46,7 +46,8 @@ def standing_server(
     """One server for all tests that do not change it."""
     name = f"heroes_server_{uuid.uuid4().hex}"
     url = postgres.create(name, str(templates["postgresql"].database))
-    with gunicorn(url, tmp_path_factory.mktemp("server")) as server:
+    folder = tmp_path_factory.mktemp("server")
+    with gunicorn(url, folder, KEEP_ALIVE_SECONDS="3") as server:
         yield server
     postgres.drop(name)
 
@@ -151,6 +152,42 @@ def test_a_draining_worker_is_not_ready_and_sends_connection_close(
         with pytest.raises(ConnectionRefusedError):
             Connection(server.port)
         connection.close()
+
+
+def get(plain: socket.socket) -> None:
+    """Send a request and read its whole response."""
+    plain.sendall(HEAD + b"\r\n")
+    response = b""
+    while not response.endswith(b"}"):
+        response += plain.recv(65536)
+    assert response.startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_idle_connection_is_closed_after_keep_alive_seconds(standing_server: Gunicorn) -> None:
+    with socket.create_connection(("127.0.0.1", standing_server.port), timeout=20) as plain:
+        get(plain)
+        start = time.monotonic()
+        assert plain.recv(65536) == b""
+    assert 2.5 < time.monotonic() - start < 5
+
+
+def test_draining_closes_idle_connections_long_before_their_keep_alive(server: Gunicorn) -> None:
+    """Each worker has several. Another connection is used in time, and gets its response."""
+    idle = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(8)]
+    for plain in idle:
+        get(plain)
+    with Connection(server.port) as used:
+        assert used.send("GET", "/heroes/").status == 200
+        os.kill(server.pid, signal.SIGTERM)
+        start = time.monotonic()
+        time.sleep(3)
+        response = used.send("GET", "/heroes/")
+        assert (response.status, response.headers["Connection"]) == (200, "close")
+        for plain in idle:
+            assert plain.recv(65536) == b""
+            plain.close()
+    assert 4.5 < time.monotonic() - start < 7
+    server.wait_for(lambda: not alive(server._process.pid), 3)
 
 
 def test_a_killed_worker_is_replaced_and_its_gauges_are_removed(server: Gunicorn) -> None:
@@ -275,7 +312,7 @@ def test_empty_lines_after_a_response_do_not_keep_a_connection_open(
 ) -> None:
     start = time.monotonic()
     assert send_raw(standing_server.port, HEAD + b"\r\n" + b"\r\n").startswith(b"HTTP/1.1 200 ")
-    assert time.monotonic() - start < 8  # The keep-alive timeout is 5 s.
+    assert time.monotonic() - start < 6  # The keep-alive timeout is 3 s.
 
 
 def test_trailers_after_a_body_are_bounded(standing_server: Gunicorn) -> None:
