@@ -84,7 +84,13 @@ def test_the_wheel_runs_from_any_folder(tmp_path: Path) -> None:
         env=env,
     )
     assert "Created 3 heroes" in run(site / "bin" / "heroes", "seed", "3", cwd=tmp_path, env=env)
-    command = [BIN / "gunicorn", "--config", "python:app.gunicorn_conf", "--bind", "127.0.0.1:0"]
+    command: list[str | Path] = [
+        BIN / "gunicorn",
+        "--config",
+        "python:app.gunicorn_conf",
+        "--bind",
+        "127.0.0.1:0",
+    ]
     assert readiness(command, tmp_path, env, tmp_path / "log") == '{"status":"ready"}'
 
 
@@ -94,5 +100,5 @@ def test_the_command_fastapi_finds_the_service(command: str, tmp_path: Path) -> 
     assert entry == "app.main:app"
     env = environment(make_url(f"sqlite:///{tmp_path / 'heroes.db'}"), PYTHONPATH=str(ROOT))
     run(BIN / "alembic", "upgrade", "head", cwd=ROOT, env=env)
-    started = [BIN / "fastapi", command, "--host", "127.0.0.1", "--port", "0"]
+    started: list[str | Path] = [BIN / "fastapi", command, "--host", "127.0.0.1", "--port", "0"]
     assert readiness(started, ROOT, env, tmp_path / "log") == '{"status":"ready"}'
