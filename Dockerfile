@@ -1,5 +1,6 @@
 # The dependencies, in a virtual environment of their own: what installs them stays in this stage.
 FROM python:3.14-slim AS dependencies
+WORKDIR /build
 RUN python -m venv /venv
 COPY requirements.txt .
 RUN /venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes --requirement requirements.txt \

@@ -7,14 +7,15 @@ BIN := .venv/bin
 T ?= tests
 RUNS ?= 1
 
-.PHONY: help install run test faults check lint format lock bench openapi release
+.PHONY: help install run dev test faults check lint format lock bench openapi release
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
+	@echo "make dev      the same, and start again when a file of app/ changes"
 	@echo "make test     checks, and the tests on SQLite and on a throwaway PostgreSQL; T=FILE runs some"
 	@echo "make faults   PgBouncer, and failover of a real cluster under load, RUNS=N times (minutes; root, docker, nsenter, iptables)"
 	@echo "make check    lint, types and layers"
-	@echo "make lint     ruff"
+	@echo "make lint     ruff, spelling, the Dockerfile and the workflows"
 	@echo "make format   ruff's formatter"
 	@echo "make install  create .venv from the hashed lock"
 	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
@@ -22,28 +23,41 @@ help:
 	@echo "make lock     resolve the dependencies into the hashed locks"
 	@echo "make release  record the release of the last commit: see docs/releases.md"
 
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
+
 install: .venv/project
 
-# A new environment per lock, so that it contains only the packages of the lock.
-.venv/installed: requirements-dev.txt
+# The service's own packages, which are all that `run` needs. A changed lock makes a new environment,
+# so that it contains only the packages of the lock.
+.venv/runtime: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-dev.txt
+	$(PIP_INSTALL) --require-hashes --requirement requirements.txt
+	@touch $@
+
+.venv/installed: .venv/runtime
+	$(PIP_INSTALL) --require-hashes --requirement requirements-dev.txt
 	@touch $@
 
 # The project itself takes seconds, so a change of pyproject.toml does not rebuild the environment.
 .venv/project: .venv/installed pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-run: install
-	$(BIN)/alembic upgrade head
-	exec $(BIN)/uvicorn app.main:app --host $(HOST) --port $(PORT)
+# With `python -m`, the code of this folder is found without being installed.
+run dev: .venv/runtime
+	$(BIN)/python -m alembic upgrade head
+	exec $(BIN)/python -m uvicorn app.main:app --host $(HOST) --port $(PORT) $(RELOAD)
+
+dev: RELOAD = --reload --reload-dir app
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/zizmor --offline --quiet .github
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -52,17 +66,20 @@ format: install
 check: lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
+# Only a run of all tests measures coverage. Tests that take over 5 s are listed.
 test: check
-	$(BIN)/pytest --numprocesses auto --dist loadfile $(T)
+	$(BIN)/pytest --numprocesses auto --dist loadfile --durations 0 --durations-min 5 \
+		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
 
 faults: install
 	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py
 
 # Adds the packages that only the benchmark needs.
 bench: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-bench.txt
+	$(PIP_INSTALL) --require-hashes --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks $(BENCH)
 
 openapi: install

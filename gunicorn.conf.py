@@ -11,7 +11,7 @@ import tempfile
 import threading
 
 from app import NAME
-from app.settings import from_environment
+from app.settings import from_environment, log_start
 from app.telemetry import logs
 
 # Read in the master too, so that a wrong variable ends the master instead of each worker.
@@ -58,7 +58,8 @@ if not os.path.basename(_metrics or "").startswith(_own):  # noqa: PTH119  (HUP 
 
 
 def on_starting(server):  # noqa: ANN001
-    """Warn if there is no folder for the metrics. The service needs none."""
+    """Log the database, and warn if there is no folder for the metrics. The service needs none."""
+    log_start(settings.database_url)
     if _metrics_error:
         message = "Metrics are incomplete: /metrics returns those of one worker: %s"
         server.log.warning(message, _metrics_error)

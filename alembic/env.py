@@ -15,13 +15,14 @@ from app import models  # noqa: F401
 from app.db import autogenerate, idempotency, migrations, revisions  # noqa: F401
 from app.db.engine import sqlstate
 from app.errors import WrongDatabase
-from app.settings import from_environment
+from app.settings import from_environment, log_start
 from app.telemetry import logs
 
 settings = from_environment()
 logs.configure(settings.log_level, settings.log_format)
 # Not in alembic's own configuration, which would interpolate a % in a password.
 url = settings.migration_database_url or settings.database_url
+log_start(url)
 on_sqlite = url.get_backend_name() == "sqlite"
 arguments: Any = context.config.cmd_opts
 invoked = getattr(arguments, "cmd", [None])[0]

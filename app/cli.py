@@ -29,7 +29,7 @@ from app.db.engine import sqlstate
 from app.db.revisions import Revisions
 from app.errors import ImportRefused, SchemaBehind, WrongDatabase
 from app.heroes import heroes, sample
-from app.settings import from_environment
+from app.settings import from_environment, log_start
 from app.transfer.copy import dump, load
 from app.transfer.formats import Format, Row, encode_rows, read_rows
 
@@ -181,6 +181,7 @@ def _session() -> Iterator[Session]:
 def _engine() -> Iterator[Engine]:
     """Yield an engine for the service's database."""
     settings = from_environment()
+    log_start(settings.database_url)
     postgresql = {
         "application_name": NAME,
         "client_encoding": "utf8",

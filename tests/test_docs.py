@@ -18,7 +18,11 @@ from app.telemetry import metrics
 from tests.faults.test_helpers import HELPERS
 from tests.service import BIN, ROOT, Service, environment
 
-DOCS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
+DOCS = [
+    *ROOT.glob("*.md"),
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
 README = (ROOT / "README.md").read_text()
 MIGRATIONS = (ROOT / "docs" / "migrations.md").read_text()
 

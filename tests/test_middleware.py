@@ -77,6 +77,8 @@ def test_every_log_line_is_a_json_object_without_secrets(database_url: URL) -> N
     created = connection.send("POST", "/heroes/", hero, Content_Type=JSON)
     connection.send("POST", "/heroes/", hero[:-1], Content_Type=JSON)
     connection.send("GET", "/heroes/%0A%22?name=Wilson")
+    connection.send("GET", "/health/live")  # Successful probes are not logged.
+    connection.send("GET", "/health/none")
     connection.close()
     os.kill(server.pid, signal.SIGTERM)
     _, rest = server.communicate(timeout=10)
@@ -88,6 +90,7 @@ def test_every_log_line_is_a_json_object_without_secrets(database_url: URL) -> N
         ("POST", "/heroes/", 200),
         ("POST", "/heroes/", 422),
         ("GET", "/heroes/%0A%22", 422),
+        ("GET", "/health/none", 404),
     ]
     assert access[0]["request_id"] == created.headers["X-Request-ID"]
     assert access[0]["client"] == "127.0.0.1"

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import ValidationError
-from sqlalchemy import URL, create_engine, text
+from sqlalchemy import URL, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
 from app.db import migrations
 from app.db.pool import ConnectionPool, PooledConnection
 from app.errors import DatabaseUnavailable
 from app.server.worker import log_connection_budget
-from app.settings import Settings, from_environment
+from app.settings import Settings, from_environment, log_start
 from tests.servers import EmbeddedPostgres, Postgres
 from tests.service import BIN, ROOT, environment
 
@@ -463,3 +463,35 @@ def test_a_wrong_value_ends_every_command_the_same_way(command: list[str]) -> No
     assert ended.returncode == 2
     assert ended.stderr.startswith("heroes: DATABASE_URL must be ")
     assert (ended.stdout + ended.stderr).count("\n") == 1
+
+
+STARTS = {
+    "sqlite:///heroes.db": "sqlite:///heroes.db",
+    "postgresql://u:hunter2@h:5433/db?sslpassword=hunter2": "postgresql+psycopg://u:***@h:5433/db",
+    "postgresql://u:hunter2@h1,h2/db": "postgresql+psycopg://u:***@/db?host=h1%2Ch2",
+}
+
+
+@pytest.mark.parametrize(("given", "logged"), STARTS.items())
+def test_the_start_logs_the_database_without_secrets(
+    given: str, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "app.settings")
+    for _ in range(2):  # Only once in a process and its forks.
+        log_start(read(database_url=given).database_url)
+    assert caplog.messages == [f"Database: {logged}"]
+
+
+def test_the_start_warns_of_misspelt_variables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABSE_URL", "postgresql://u:hunter2@h/db")
+    monkeypatch.setenv("database_timeout", "3")
+    monkeypatch.setenv("WORKSPACE", "no setting resembles this")
+    (tmp_path / ".env").write_text("API_KEYS=hunter2\nPOSTGRES_PASSWORD=hunter2\nLOG_LEVEL=INFO\n")
+    log_start(make_url("sqlite:///misspelt.db"))
+    warnings = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [
+        "These variables are not settings: API_KEYS, DATABSE_URL (is it DATABASE_URL?)"
+    ]

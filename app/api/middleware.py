@@ -121,8 +121,14 @@ class Observe:
         for entry in entries:
             method = entry.method if entry.method in _METHODS else "_OTHER"
             _request_duration(method, entry.route, str(entry.status)).observe(entry.seconds)
-        if entries:
-            logs.log_requests(entries)
+        # A probe comes every few seconds.
+        logged = [each for each in entries if not _is_successful_probe(each)]
+        if logged:
+            logs.log_requests(logged)
+
+
+def _is_successful_probe(entry: AccessLogEntry) -> bool:
+    return entry.status == 200 and entry.route.startswith("/health/")
 
 
 def _cache_control(headers: list[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:

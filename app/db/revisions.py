@@ -10,7 +10,9 @@ from sqlmodel import Session, select
 from app.db.admission import reads
 from app.errors import SchemaBehind, WrongDatabase
 
-SCRIPTS = Path(__file__).parents[2] / "alembic"
+# The wheel has the scripts inside the package: see pyproject.toml.
+_PACKAGED = Path(__file__).parents[1] / "alembic"
+SCRIPTS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "alembic"
 
 _CURRENT = select(table("alembic_version", column("version_num", String)).c.version_num)
 
