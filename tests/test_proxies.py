@@ -46,7 +46,7 @@ def logged_client(server: Gunicorn, forwarded: str) -> str:
     request_id = uuid.uuid4().hex
     with Connection(server.port) as connection:
         answer = connection.send(
-            "GET", "/health/live", X_Request_ID=request_id, X_Forwarded_For=forwarded
+            "GET", "/openapi.json", X_Request_ID=request_id, X_Forwarded_For=forwarded
         )
     assert answer.status == 200
     server.wait_for(lambda: any(request_id in line for line in server.lines))

@@ -115,7 +115,7 @@ MEANT_AS_IN_LIBPQ = [
 def test_a_postgresql_url_means_what_libpq_means_by_it(scheme: str, rest: str) -> None:
     url = read(database_url=f" {scheme}://{rest}\r\n").database_url
     meant = conninfo_to_dict(f"postgresql://{rest}")
-    if "," in meant.get("host", ""):  # The service's own default: the primary of a cluster.
+    if "," in str(meant.get("host")):  # The service's own default: the primary of a cluster.
         meant.setdefault("target_session_attrs", "read-write")
     assert connect_arguments(url) == meant
     assert read(database_url=url.render_as_string(hide_password=False)).database_url == url
