@@ -112,8 +112,8 @@ def test_sigterm_completes_requests_in_flight_with_connection_close(
 
     def read() -> None:
         with Connection(server.port) as connection:
-            # Lists are not batched: each request waits for the lock in its own session.
-            response = connection.send("GET", "/heroes/")
+            # Lists with a filter are not batched: each request waits for the lock in its own session.
+            response = connection.send("GET", "/heroes/?name=a")
             responses.append((response.status, response.headers["Connection"]))
 
     threads = [threading.Thread(target=read) for _ in range(8)]
