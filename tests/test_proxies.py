@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import URL
 
-from tests.servers import Postgres
-from tests.service import Connection, Gunicorn, gunicorn
+from tests.postgres import Postgres
+from tests.processes import Gunicorn, gunicorn
+from tests.service import Connection
 
 PREFIX = "/api"
 
@@ -46,7 +47,7 @@ def logged_client(server: Gunicorn, forwarded: str) -> str:
     request_id = uuid.uuid4().hex
     with Connection(server.port) as connection:
         answer = connection.send(
-            "GET", "/health/live", X_Request_ID=request_id, X_Forwarded_For=forwarded
+            "GET", "/docs", X_Request_ID=request_id, X_Forwarded_For=forwarded
         )
     assert answer.status == 200
     server.wait_for(lambda: any(request_id in line for line in server.lines))
