@@ -18,7 +18,7 @@ help:
 	@echo "make lint     ruff, spelling, the Dockerfile and the workflows"
 	@echo "make format   ruff's formatter"
 	@echo "make install  create .venv from the hashed lock"
-	@echo "make bench    compare the speed with the tutorial's code and a hand-written one (docker and wrk)"
+	@echo "make bench    compare the speed with the tutorial's code and hand-written peers (docker and wrk)"
 	@echo "make openapi  renew docs/openapi.json"
 	@echo "make lock     resolve the dependencies into the hashed locks"
 	@echo "make release  record the release of the last commit: see docs/releases.md"
@@ -87,12 +87,15 @@ openapi: install
 
 UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" --upgrade
 
+NPM_LOCK = npm update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund --prefix
+
 lock: install
 	$(UV_COMPILE) pyproject.toml --output-file requirements.txt
 	$(UV_COMPILE) pyproject.toml --group dev --constraint requirements.txt --output-file requirements-dev.txt
 	$(UV_COMPILE) pyproject.toml --group bench --constraint requirements-dev.txt --output-file requirements-bench.txt
 	$(UV_COMPILE) --group pyproject.toml:clients --output-file tests/clients/requirements.txt
-	npm --prefix tests/clients update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
+	$(NPM_LOCK) tests/clients
+	$(NPM_LOCK) benchmarks/fastify
 
 # The code for the next release's tests, and a hash of each revision. Refuses a changed revision.
 RELEASED = alembic/released.sha256

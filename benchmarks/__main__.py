@@ -1,10 +1,11 @@
-"""`make bench`: compare this service, the tutorial's code and a hand-written peer.
+"""`make bench`: compare this service, the tutorial's code and hand-written peers.
 
 In each round every contestant serves every kind of request in turn, so that other load on the
 machine affects all of them. The report contains the medians over the rounds.
 """
 
 import argparse
+import http.client
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,21 +24,27 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.processes import cpu_seconds, memory, tree
-from benchmarks.servers import BIN, CONTESTANTS, Postgres, Service, postgres, run, service
+from benchmarks.servers import (
+    BARE,
+    BIN,
+    CONTESTANTS,
+    Postgres,
+    Service,
+    image,
+    install_fastify,
+    postgres,
+    run,
+    service,
+    settle,
+)
 
 HERE = Path(__file__).parent
-OPERATIONS = ("read", "list", "create", "update")
+OPERATIONS = ("read", "list", "create", "update", "mixed")
 HEROES = 100_000
 CONNECTIONS = 32
 PACKAGES = (
-    "fastapi",
-    "starlette",
-    "sqlmodel",
-    "sqlalchemy",
-    "psycopg",
-    "uvicorn",
-    "gunicorn",
-    "asyncpg",
+    *("fastapi", "starlette", "sqlmodel", "sqlalchemy", "psycopg", "uvicorn", "gunicorn"),
+    *("pydantic", "asyncpg"),
 )
 
 
@@ -64,34 +72,82 @@ def measured(
     before = cpu_seconds(target.pid), cpu_seconds(database.pid)
     result = wrk(target, operation, seconds, **load)
     after = cpu_seconds(target.pid), cpu_seconds(database.pid)
+    settle(target)
     requests = result["requests"] or math.nan  # The tutorial's code can hang.
+    latencies = ("p50", "p95", "p99")
     return {
         "rate": result["requests"] / result["seconds"],
-        "p50": result["p50"],
-        "p99": result["p99"],
+        **{each: result[each] if result["requests"] else math.nan for each in latencies},
         "errors": result["errors"],
         "cpu": (after[0] - before[0]) / requests * 1e6,
         "database_cpu": (after[1] - before[1]) / requests * 1e6,
     }
 
 
+def exchange(target: Service) -> list[tuple[int, object]]:
+    """Status and body of some responses; of a refusal, only its status."""
+    connection = http.client.HTTPConnection("127.0.0.1", target.port)
+
+    def respond(method: str, path: str, body: object = None) -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json"}
+        connection.request(method, path, json.dumps(body) if body else None, headers)
+        response = connection.getresponse()
+        content = json.loads(response.read())
+        return response.status, None if response.status == 422 else content
+
+    status, created = respond("POST", "/heroes/", {"name": "Deadpond", "secret_name": "Dive"})
+    path = f"/heroes/{created.pop('id')}"
+    found = [
+        respond("PATCH", path, {"age": 29}),
+        respond("PATCH", path, {"name": "Rusty-Man", "secret_name": "Tommy Sharp"}),
+        respond("GET", path),
+    ]
+    for _, hero in found:
+        hero.pop("id")
+    return [
+        (status, created),
+        *found,
+        respond("GET", "/heroes/?offset=7&limit=3"),
+        respond("GET", "/heroes/2000000000"),
+        respond("PATCH", "/heroes/2000000000", {"age": 29}),
+        respond("GET", "/heroes/none"),
+        respond("GET", "/heroes/?limit=101"),
+        respond("POST", "/heroes/", {"name": "Deadpond"}),
+    ]
+
+
 def side_by_side(
-    services: list[Service], database: Postgres, rounds: int, seconds: int
+    services: list[Service],
+    database: Postgres,
+    rounds: int,
+    seconds: int,
+    operations: Sequence[str],
+    counts: Sequence[int],
 ) -> dict[str, Any]:
-    results: dict[str, Any] = {o: {s.name: [] for s in services} for o in OPERATIONS}
-    for number in range(rounds + 1):
-        for operation in OPERATIONS:
-            for target in services:
-                # The first round is a warm-up. It is shorter and does not count.
-                found = measured(target, database, operation, seconds if number else 2)
-                if number:
-                    results[operation][target.name].append(found)
-                print(
-                    f"round {number} {operation:6} {target.name:9} {found['rate']:8.0f}/s"
-                    f" p99 {found['p99']:6.1f} ms, {found['cpu']:5.0f} µs,"
-                    f" {found['errors']} errors",
-                    flush=True,
-                )
+    """Measure every operation with every number of connections, the services in turn."""
+    names = [target.name for target in services]
+    results: dict[str, Any] = {
+        operation: {count: {name: [] for name in names} for count in counts}
+        for operation in operations
+    }
+    for target in services:  # The first round is a warm-up. It does not count.
+        for operation in operations:
+            measured(target, database, operation, 1)
+    for number in range(rounds):
+        database.load(HEROES)
+        first = number % len(services)
+        for operation in operations:
+            for count in counts:
+                for target in services[first:] + services[:first]:
+                    found = measured(target, database, operation, seconds, connections=count)
+                    results[operation][count][target.name].append(found)
+                    print(
+                        f"round {number + 1} {operation:6} {count:3} {target.name:9}"
+                        f" {found['rate']:8.0f}/s p99 {found['p99']:6.1f} ms,"
+                        f" {found['cpu']:5.0f} + {found['database_cpu']:4.0f} µs,"
+                        f" {found['errors']} errors",
+                        flush=True,
+                    )
     return results
 
 
@@ -104,30 +160,21 @@ def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
             before = database.statements()
             requests = wrk(target, operation, 2, CONNECTIONS, HEROES)["requests"]
             sent = database.statements() - before - 1
-            counts.setdefault(operation, {})[target.name] = sent / requests
+            counts.setdefault(operation, {})[target.name] = sent / (requests or math.nan)
     database.count_statements("none")
     return counts
 
 
-def connections(services: list[Service], database: Postgres, seconds: int) -> dict[str, Any]:
-    """Reads per second, by number of connections."""
-    found: dict[str, Any] = {}
-    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        for target in services:
-            result = measured(target, database, "read", seconds, connections=count)
-            found.setdefault(target.name, {})[count] = result
-            print(f"{count} connections {target.name} {result['rate']:.0f}/s", flush=True)
-    return found
-
-
-def cold_start(folder: Path, database: Postgres) -> dict[str, float]:
+def cold_start(
+    commands: dict[str, list[str]], folder: Path, database: Postgres
+) -> dict[str, float]:
     """Seconds from the command to the first response, the median of three starts."""
     found = {}
-    for name in CONTESTANTS:
+    for name, command in commands.items():
         times = []
         for _ in range(3):
             start = time.monotonic()
-            with service(name, 8199, database.url, folder / "cold.log"):
+            with service(name, command, database.url, folder):
                 times.append(time.monotonic() - start)
         found[name] = statistics.median(times)
     return found
@@ -135,25 +182,26 @@ def cold_start(folder: Path, database: Postgres) -> dict[str, float]:
 
 def observed(folder: Path, database: Postgres, rounds: int, seconds: int) -> dict[str, Any]:
     """Reads with and without access log, metrics and request ids."""
-    results: dict[str, Any] = {"as shipped": [], "all of them off": []}
-    with (
-        service("heroes", 8191, database.url, folder / "on.log") as on,
-        service("bare", 8192, database.url, folder / "off.log") as off,
-    ):
+    commands = {"as shipped": CONTESTANTS["heroes"], "all of them off": BARE}
+    results: dict[str, Any] = {name: [] for name in commands}
+    with ExitStack() as stack:
+        targets = [
+            stack.enter_context(service(name, command, database.url, folder))
+            for name, command in commands.items()
+        ]
         # The difference is small: take many short measurements, and alternate which goes first.
-        targets = {"as shipped": on, "all of them off": off}
         for number in range(rounds * seconds + 1):
-            for name in sorted(targets, reverse=bool(number % 2)):
-                found = measured(targets[name], database, "read", 1 if number else 2)
+            for target in targets[:: -1 if number % 2 else 1]:
+                found = measured(target, database, "read", 1)
                 if number:
-                    results[name].append(found)
+                    results[target.name].append(found)
     return results
 
 
 def growth(folder: Path, database: Postgres, sizes: list[int], seconds: int) -> dict[str, Any]:
     """Reads and lists per second as the table grows, with the database's µs per request."""
     found: dict[str, Any] = {}
-    with service("heroes", 8193, database.url, folder / "growth.log") as target:
+    with service("heroes", CONTESTANTS["heroes"], database.url, folder) as target:
         for size in sizes:
             database.load(size)
             for operation in ("read", "list"):
@@ -164,17 +212,21 @@ def growth(folder: Path, database: Postgres, sizes: list[int], seconds: int) -> 
     return found
 
 
-def machine(database: Postgres) -> dict[str, Any]:
+def machine(database: Postgres, fastify: bool) -> dict[str, Any]:
     model = [
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    packages = {name: version(name) for name in PACKAGES}
+    if fastify:
+        packages["node"] = subprocess.check_output(["node", "--version"], text=True).strip()
+        packages |= json.loads((HERE / "fastify" / "package.json").read_text())["dependencies"]
     return {
         "cpu": f"{os.cpu_count()} cores, {model[0] if model else platform.machine()}",
         "python": platform.python_version(),
         "postgresql": database.version,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": packages,
     }
 
 
@@ -211,44 +263,85 @@ def transfers(folder: Path, database: Postgres) -> dict[str, Any]:
     return times
 
 
+def variants(
+    commands: dict[str, list[str]], folder: Path, database: Postgres, rounds: int, seconds: int
+) -> dict[str, Any]:
+    """Pools of 4 and 16 connections per worker, and the service on the Python of its image."""
+    with ExitStack() as stack:
+        services = [
+            stack.enter_context(
+                service(f"{name}, pool of {size}", command, database.url, folder, size)
+            )
+            for name, command in commands.items()
+            if name != "tutorial"
+            for size in (4, 16)
+        ]
+        try:
+            services.append(stack.enter_context(image(database.url)))
+        except (subprocess.CalledProcessError, TimeoutError) as error:
+            print(f"Without the service's image: {getattr(error, 'stderr', '') or error}")
+        counts = (CONNECTIONS, 256)
+        return side_by_side(services, database, rounds, seconds, OPERATIONS, counts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=5, help="of each measurement")
-    parser.add_argument("--only-side-by-side", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, help="of each measurement: 2, complete 3")
+    parser.add_argument("--only-side-by-side", action="store_true", help="with 32 connections")
+    parser.add_argument(
+        "--complete", action="store_true", help="and write the result to benchmarks/"
+    )
     parser.add_argument("--largest", type=int, default=10_000_000, help="table")
     options = parser.parse_args()
     if not shutil.which("wrk"):
         sys.exit("make bench needs wrk, the HTTP load generator: apt-get install wrk")
-    folder = Path(tempfile.mkdtemp(prefix="heroes-bench-"))
-    rounds, seconds = options.rounds, options.seconds
-    with postgres() as database:
+    rounds, seconds = options.rounds, options.seconds or (3 if options.complete else 2)
+    operations: Sequence[str] = OPERATIONS[:-1]  # Without the mixed load.
+    counts = [1, CONNECTIONS, 256]
+    if options.only_side_by_side:
+        operations, counts = OPERATIONS, [CONNECTIONS]
+    elif options.complete:
+        operations, counts = OPERATIONS, [1, 8, CONNECTIONS, 128, 256, 512]
+    with tempfile.TemporaryDirectory(prefix="heroes-bench-") as name, postgres() as database:
+        folder = Path(name)
+        fastify = install_fastify(folder / "fastify")
+        commands = CONTESTANTS | ({"fastify": fastify} if fastify else {})
         database.load(HEROES)
         result: dict[str, Any] = {
-            "machine": machine(database),
+            "machine": machine(database, bool(fastify)),
             "rounds": rounds,
             "seconds": seconds,
         }
         with ExitStack() as stack:
             services = [
-                stack.enter_context(service(name, 8101 + n, database.url, folder / f"{name}.log"))
-                for n, name in enumerate(CONTESTANTS)
+                stack.enter_context(service(name, command, database.url, folder))
+                for name, command in commands.items()
             ]
-            result["side by side"] = side_by_side(services, database, rounds, seconds)
-            result["memory"] = {s.name: memory(tree(s.pid)[1]) for s in services}
-            if not options.only_side_by_side:
-                result["round trips"] = round_trips(services, database)
-                result["connections"] = connections(services, database, 3)
-        if not options.only_side_by_side:
-            result["observed"] = observed(folder, database, rounds, seconds)
-            result["cold start"] = cold_start(folder, database)
-            sizes = [10_000, 100_000, 1_000_000, 10_000_000]
-            result["growth"] = growth(
-                folder, database, [size for size in sizes if size <= options.largest], 3
+            expected = exchange(services[0])
+            for target in services[1:]:
+                if (found := exchange(target)) != expected:
+                    sys.exit(f"{target.name} responds {found}\nbut heroes responds {expected}")
+            result["side by side"] = side_by_side(
+                services, database, rounds, seconds, operations, counts
             )
-            result["transfers"] = transfers(folder, database)
-    shutil.rmtree(folder)
-    report.write(result, HERE)
+            result["memory"] = {s.name: memory(tree(s.pid)[1]) for s in services}
+            if options.complete:
+                result["round trips"] = round_trips(services, database)
+        try:
+            if options.complete:
+                result["variants"] = variants(commands, folder, database, rounds, seconds)
+                result["observed"] = observed(folder, database, rounds, seconds)
+                result["cold start"] = cold_start(commands, folder, database)
+                sizes = [10_000, 100_000, 1_000_000, 10_000_000]
+                result["growth"] = growth(
+                    folder, database, [size for size in sizes if size <= options.largest], 3
+                )
+                result["transfers"] = transfers(folder, database)
+        finally:  # The results so far, if a later section fails.
+            if options.complete:
+                report.write(result, HERE)
+            print(report.markdown(result))
 
 
 main()

@@ -30,9 +30,8 @@ class HeroUpdate(BaseModel):
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    # The same pool size as one worker of the service.
-    url = os.environ["DATABASE_URL"]
-    async with asyncpg.create_pool(url, min_size=16, max_size=16) as app.state.pool:
+    url, size = os.environ["DATABASE_URL"], int(os.environ["DATABASE_POOL_SIZE"])
+    async with asyncpg.create_pool(url, min_size=size, max_size=size) as app.state.pool:
         yield
 
 

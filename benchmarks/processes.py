@@ -1,6 +1,7 @@
 """CPU time and memory of processes, from /proc (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html)."""
 
 import os
+import time
 from pathlib import Path
 
 # The process can end before the read or during it.
@@ -38,6 +39,18 @@ def cpu_seconds(root: int) -> float:
         # utime and stime. For the root also cutime and cstime, the time of its reaped children.
         total += sum(int(ticks) for ticks in stat[11 : 15 if pid == root else 13])
     return total / _TICK
+
+
+def wait_until_idle(root: int, seconds: float = 10) -> None:
+    """Wait until the process and its descendants use less than a fifth of a core."""
+    deadline = time.monotonic() + seconds
+    after = cpu_seconds(root)
+    while time.monotonic() < deadline:
+        before = after
+        time.sleep(0.1)
+        after = cpu_seconds(root)
+        if after - before < 0.02:
+            return
 
 
 def memory(pid: int) -> int:

@@ -1,6 +1,8 @@
 """The results as tables and a plot: medians with their spread, and ratios to the peers."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,14 +11,41 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 
 mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "heroes"
 
-GOALS: dict[str, dict[str, float]] = {
-    "tutorial": {"read": 7, "list": 5, "create": 4, "update": 4},
-    "asyncpg": {"read": 1.5, "list": 1.2, "create": 0.8},
+# Our rate divided by the peer's, by number of connections.
+GOALS: dict[str, dict[int, dict[str, float]]] = {
+    "tutorial": {32: {"read": 10, "list": 10, "create": 12, "update": 12}},
+    "asyncpg": {
+        1: {"read": 1.1, "list": 1.1, "create": 1.1, "update": 1.1},
+        32: {"read": 2.0, "list": 2.0, "create": 2.2, "update": 2.0},
+    },
+    "lean": {32: {"read": 1.0, "list": 1.0, "create": 1.0, "update": 1.0}},
+    "fastify": {
+        128: {"read": 1.0, "list": 1.0, "create": 1.0, "update": 1.0},
+        256: {"read": 0.9, "list": 0.7, "create": 1.0},
+    },
 }
 _BEGIN, _END = "<!-- make bench writes this -->", "<!-- to here -->"
-COLORS = {"heroes": "#1b7f5c", "tutorial": "#b0b7c3", "asyncpg": "#5b7db1"}
+# Each colour has a contrast of at least 3 to 1 on a light and on a dark README page.
+STYLES: dict[str, dict[str, Any]] = {
+    "heroes": {"color": "#0f9d6b", "marker": "o", "linewidth": 2.4},
+    "tutorial": {"color": "#7d8590", "marker": "s"},
+    "asyncpg": {"color": "#4a86e8", "marker": "^"},
+    "lean": {"color": "#a371d8", "marker": "D"},
+    "fastify": {"color": "#d0702b", "marker": "v"},
+}
+INK = "#757d88"
+mpl.rcParams |= {
+    "svg.hashsalt": "heroes",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
@@ -26,11 +55,12 @@ def write(result: dict[str, Any], folder: Path) -> None:
     readme = folder / "README.md"
     before, _, rest = readme.read_text().partition(_BEGIN)
     _, _, after = rest.partition(_END)
-    readme.write_text(f"{before}{_BEGIN}\n{_markdown(result)}{_END}{after}")
+    readme.write_text(f"{before}{_BEGIN}\n{markdown(result)}{_END}{after}")
 
 
 def _of(rounds: list[dict[str, float]], name: str) -> float:
-    return median(each[name] for each in rounds)
+    # Without a response in a round there is no latency and no time per request.
+    return median([each[name] for each in rounds if not math.isnan(each[name])] or [math.nan])
 
 
 def _spread(rounds: list[dict[str, float]]) -> str:
@@ -43,7 +73,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _markdown(result: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any]) -> str:
+    """Return the result as tables."""
     machine = result["machine"]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     parts = [
@@ -52,65 +83,107 @@ def _markdown(result: dict[str, Any]) -> str:
         " The tables show medians.\n",
         _side_by_side(result["side by side"]),
         _ratios(result["side by side"]),
+        _by_connections(result["side by side"]),
         "Memory of one worker at the end (PSS): "
         + ", ".join(f"{name} {bytes_ / 1e6:.0f} MB" for name, bytes_ in result["memory"].items())
         + ".\n",
     ]
-    if "growth" in result:
-        parts += [
-            _round_trips(result["round trips"]),
-            _connections(result["connections"]),
-            _growth(result["growth"]),
-            _observed(result["observed"]),
-            _transfers(result["transfers"]),
-            "Cold start, from the command to the first response: "
-            + ", ".join(f"{name} {time:.1f} s" for name, time in result["cold start"].items())
-            + ".\n",
-        ]
+    sections: dict[str, Callable[[Any], str]] = {
+        "round trips": _round_trips,
+        "variants": _variants,
+        "growth": _growth,
+        "observed": _observed,
+        "transfers": _transfers,
+        "cold start": _cold_start,
+    }
+    parts += [section(result[name]) for name, section in sections.items() if name in result]
     return "\n".join(parts)
 
 
 def _side_by_side(results: dict[str, Any]) -> str:
-    header = ["", "", "requests/s", "p50 ms", "p99 ms", "CPU µs", "PostgreSQL µs", "errors"]
+    header = ["", "32 connections", "requests/s", "p50 ms", "p95 ms", "p99 ms", "CPU µs"]
+    header += ["PostgreSQL µs", "errors"]
     rows = [
         [
             operation if not number else "",
             name,
             _spread(rounds),
-            f"{_of(rounds, 'p50'):.1f}",
-            f"{_of(rounds, 'p99'):.1f}",
+            *(f"{_of(rounds, latency):.1f}" for latency in ("p50", "p95", "p99")),
             f"{_of(rounds, 'cpu'):.0f}",
             f"{_of(rounds, 'database_cpu'):.0f}",
             f"{sum(each['errors'] for each in rounds):.0f}",
         ]
-        for operation, contestants in results.items()
-        for number, (name, rounds) in enumerate(contestants.items())
+        for operation, by_count in results.items()
+        for number, (name, rounds) in enumerate(by_count[32].items())
     ]
     return _table(header, rows)
+
+
+def _cpu(each: dict[str, float]) -> float:
+    return each["cpu"] + each["database_cpu"]
 
 
 def _ratios(results: dict[str, Any]) -> str:
-    """Ratios of rates and CPU times, each computed within one round, then the median."""
+    """Ratios to each peer, each computed within one round, then the median, with the goals."""
     rows = []
-    for operation, contestants in results.items():
-        ours = contestants["heroes"]
-        row = [operation]
-        for peer in ("tutorial", "asyncpg"):
-            theirs = contestants[peer]
-            rate = median(a["rate"] / b["rate"] for a, b in zip(ours, theirs, strict=True))
-            cpu = median(b["cpu"] / a["cpu"] for a, b in zip(ours, theirs, strict=True))
-            goal = GOALS[peer].get(operation)
-            row += [f"{rate:.1f}", f"{goal}" if goal else "", f"{cpu:.1f}"]
-        row.append(
-            f"{_of(ours, 'p99'):.1f} / {_of(contestants['tutorial'], 'p50'):.1f}",
-        )
-        rows.append(row)
-    header = [
-        *("", "our rate / tutorial's", "goal", "tutorial's CPU / ours"),
-        *("our rate / asyncpg's", "goal", "asyncpg's CPU / ours"),
-        "our p99 / tutorial's p50, ms",
+    for peer, by_count in GOALS.items():
+        for count, goals in by_count.items():
+            row = [f"rate / {peer}'s", str(count)]
+            for operation, measured in results.items():
+                contestants = measured.get(count, {})
+                if peer not in contestants:
+                    continue
+                pairs = list(zip(contestants["heroes"], contestants[peer], strict=True))
+                rate = median(ours["rate"] / (theirs["rate"] or math.nan) for ours, theirs in pairs)
+                cpu = median(_cpu(theirs) / _cpu(ours) for ours, theirs in pairs)
+                goal = goals.get(operation)
+                cell = f"{rate:.2f} (goal {goal})" if goal else f"{rate:.2f}"
+                row.append(f"{_bold(cell, goal and rate < goal)}, CPU {cpu:.2f}")
+            rows += [row] if row[2:] else []
+    row = ["p99 ms / the peers' lowest", "256"]
+    for measured in results.values():
+        p99 = {
+            name: _of(rounds, "p99")
+            for name, rounds in measured.get(256, {}).items()
+            if _of(rounds, "rate")
+        }
+        if p99:
+            ours, best = p99.pop("heroes"), min(p99.values())
+            row.append(_bold(f"{ours:.1f} / {best:.1f}", ours > best))
+    rows += [row] if row[2:] else []
+    return (
+        "Compared with the peers. Bold: the goal is not met. CPU is the peer's CPU time per request"
+        " divided by ours, PostgreSQL's included.\n\n"
+        + _table(["our", "connections", *results], rows)
+    )
+
+
+def _bold(cell: str, bold: object) -> str:
+    return f"**{cell}**" if bold else cell
+
+
+def _by_connections(results: dict[str, Any]) -> str:
+    """All points in short: rate, p99, and CPU time per request with PostgreSQL's."""
+    counts = list(next(iter(results.values())))
+    rows = [
+        [
+            operation if not number else "",
+            name,
+            *(_short(by_count[count][name]) for count in counts),
+        ]
+        for operation, by_count in results.items()
+        for number, name in enumerate(by_count[counts[0]])
     ]
-    return _table(header, rows)
+    title = "Requests/s, p99, and CPU µs + PostgreSQL µs, by number of connections:\n\n"
+    return title + _table(["", "", *map(str, counts)], rows)
+
+
+def _short(rounds: list[dict[str, float]]) -> str:
+    cpu, database_cpu = _of(rounds, "cpu"), _of(rounds, "database_cpu")
+    rate, p99 = _of(rounds, "rate"), _of(rounds, "p99")
+    if not rate:
+        return "no response"
+    return f"{rate:,.0f}/s<br>{p99:.1f} ms<br>{cpu:.0f} + {database_cpu:.0f} µs"
 
 
 def _round_trips(counts: dict[str, Any]) -> str:
@@ -121,12 +194,8 @@ def _round_trips(counts: dict[str, Any]) -> str:
     return "SQL statements per request:\n\n" + _table(["", *names], rows)
 
 
-def _connections(found: dict[str, Any]) -> str:
-    counts = list(next(iter(found.values())))
-    rows = [
-        [name, *(f"{result['rate']:,.0f}" for result in of.values())] for name, of in found.items()
-    ]
-    return "Reads per second, by number of connections:\n\n" + _table(["", *map(str, counts)], rows)
+def _variants(results: dict[str, Any]) -> str:
+    return "Other pool sizes and Python versions:\n\n" + _by_connections(results)
 
 
 def _growth(found: dict[str, Any]) -> str:
@@ -163,20 +232,36 @@ def _transfers(found: dict[str, Any]) -> str:
     return "A million heroes, with the command `heroes`:\n\n" + _table(header, rows)
 
 
+def _cold_start(found: dict[str, float]) -> str:
+    times = ", ".join(f"{name} {time:.1f} s" for name, time in found.items())
+    return f"Cold start, from the command to the first response: {times}.\n"
+
+
 def _plot(result: dict[str, Any], file: Path) -> None:
-    operations = result["side by side"]
-    figure, axes = plt.subplots(1, len(operations), figsize=(11, 3.2), layout="constrained")
-    for axis, (operation, contestants) in zip(axes, operations.items(), strict=True):
-        for place, (name, rounds) in enumerate(contestants.items()):
-            rates = [each["rate"] for each in rounds]
-            middle = median(rates)
-            spread = [[middle - min(rates)], [max(rates) - middle]]
-            axis.bar(place, middle, yerr=spread, capsize=4, color=COLORS[name], label=name)
-        axis.set_title(operation)
-        axis.set_xticks([])
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("requests a second")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file, metadata={"Date": None})
+    """Rate and p99 over connections, in colours for light and dark pages, without background."""
+    results = result["side by side"]
+    names = list(next(iter(next(iter(results.values())).values())))
+    figure, axes = plt.subplots(2, len(results), figsize=(11, 5), layout="constrained", sharex=True)
+    for column, (operation, by_count) in enumerate(results.items()):
+        for axis, measure in zip(axes[:, column], ("rate", "p99"), strict=True):
+            for name in names:
+                medians = [_of(by_count[count][name], measure) for count in by_count]
+                style = {"linewidth": 1.3, "markersize": 3.5} | STYLES[name]
+                axis.plot(list(by_count), medians, label=name, **style)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([1, 8, 32, 128, 512], ["1", "8", "32", "128", "512"])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(color=INK, alpha=0.2)
+        axes[0, column].set_title(operation, fontsize=11)
+        axes[0, column].set_ylim(bottom=0)
+        axes[0, column].yaxis.set_major_formatter(lambda rate, _: f"{rate / 1000:g}k")
+        axes[1, column].set_yscale("log")
+        axes[1, column].minorticks_off()
+        axes[1, column].yaxis.set_major_formatter(lambda latency, _: f"{latency:g}")
+        axes[1, column].set_xlabel("connections")
+    axes[0, 0].set_ylabel("requests per second")
+    axes[1, 0].set_ylabel("p99 latency, ms")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(file, metadata={"Date": None}, transparent=True)
     plt.close(figure)

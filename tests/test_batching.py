@@ -342,9 +342,9 @@ def test_a_failing_item_does_not_double_the_timeout(database_url: URL, database:
 
     def slow_then_invalid(session: Session, items: list[str]) -> list[str]:
         if session.get_bind().dialect.name == "postgresql":
-            session.connection().exec_driver_sql("SELECT pg_sleep(0.9)")
+            session.connection().exec_driver_sql("SELECT pg_sleep(0.8)")
         else:
-            time.sleep(0.9)
+            time.sleep(0.8)
         return [
             record.public["name"]
             for record in heroes.create_many(session, [hero(""), *map(hero, items)])

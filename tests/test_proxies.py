@@ -46,7 +46,9 @@ def logged_client(server: Gunicorn, forwarded: str) -> str:
     """Send a request with this X-Forwarded-For; return the client's address in its log line."""
     request_id = uuid.uuid4().hex
     with Connection(server.port) as connection:
-        answer = connection.send("GET", "/docs", X_Request_ID=request_id, X_Forwarded_For=forwarded)
+        answer = connection.send(
+            "GET", "/openapi.json", X_Request_ID=request_id, X_Forwarded_For=forwarded
+        )
     assert answer.status == 200
     server.wait_for(lambda: any(request_id in line for line in server.lines))
     return str(next(line["client"] for line in server.log if line.get("request_id") == request_id))

@@ -19,7 +19,7 @@ from app.api.parameters import (
     page_of,
 )
 from app.api.responses import create_once, created, many, one
-from app.db.writes import delete_row, update_row
+from app.db.operations import delete_row, list_rows, update_row
 from app.heroes import HeroSort, heroes
 from app.models import INT4_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
 
@@ -79,7 +79,7 @@ async def read_heroes(
 ) -> Response:
     """List heroes in a total order, page by page."""
     page = page_of(request, heroes, query)
-    rows = await database.run(heroes.list, page)
+    rows = await list_rows(database, heroes, page)
     total = await database.run(heroes.count, page.filters) if query.total else None
     return many(request, heroes, page, rows, total)
 

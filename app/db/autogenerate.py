@@ -23,6 +23,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from app.db.engine import sqlstate
 
+_INSUFFICIENT_PRIVILEGE = "42501"
 _UNDEFINED_COLUMN = "42703"
 
 # With Alembic's own comparison of CHECK constraints, which compares names. See below.
@@ -331,6 +332,8 @@ class _Postgresql(PostgresqlImpl):
                 connection.execute(sa.text(statement.replace(":", r"\:")))
             expected = connection.scalar(_CONDITION, {"table": "compared", "name": "compared"})
         except ProgrammingError as error:
+            if sqlstate(error.orig) == _INSUFFICIENT_PRIVILEGE:
+                return ComparisonResult.Skip("the role may not create temporary tables")
             if sqlstate(error.orig) != _UNDEFINED_COLUMN:
                 raise
             # The models' condition names a column that the database does not have yet.

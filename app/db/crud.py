@@ -24,6 +24,7 @@ from app.db.pagination import (
     Page,
     Position,
     page_statement,
+    pages_statement,
 )
 from app.errors import Changed, NotFound
 
@@ -88,6 +89,7 @@ class Crud(Generic[Create]):
         self._select_by_json = self._select.where(row_id.in_(sa.select(json_array.c.value)))
         # Clients choose filters and members: a limit keeps the caches small.
         self._list_statement = lru_cache(maxsize=256)(self._build_list)
+        self._pages_statement = lru_cache(maxsize=256)(self._build_pages)
         self._count_statement = lru_cache(maxsize=256)(self._build_count)
         self._update_statement = lru_cache(maxsize=256)(self._build_update)
         self._delete_statement = lru_cache(maxsize=2)(self._build_delete)
@@ -109,12 +111,39 @@ class Crud(Generic[Create]):
     @reads
     def list(self, session: Session, page: Page) -> Rows:
         """Return the rows of the page, at most `page.limit`."""
-        parameters = {**page.filters, "limit": page.limit, "offset": page.offset}
-        if page.after:
-            parameters |= {"after_value": page.after.value, "after_id": page.after.id}
+        parameters = {**page.filters, **self._page_parameters(page)}
         statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
         rows = session.connection().execute(statement, parameters).all()
         return [dict(zip(self.names, row, strict=True)) for row in rows]
+
+    @reads
+    def list_many(self, session: Session, pages: Sequence[Page]) -> Sequence[Rows]:
+        """Return the rows of each page. They have no filters."""
+        found: dict[Any, Rows] = {}
+        shapes: dict[Any, list[Page]] = {}
+        for page in {page[:-1]: page for page in pages}.values():
+            shapes.setdefault((page.sort, page.position), []).append(page)
+        is_postgresql = session.get_bind().dialect.name == "postgresql"
+        for (sort, position), same in shapes.items():
+            order = self.orders[sort]
+            is_range = position == "start" or order.by_id or not order.column.nullable
+            if len(same) == 1 or not is_range or position == "after row" or not is_postgresql:
+                found |= {page[:-1]: self.list(session, page) for page in same}
+            else:
+                found |= self._list_same(session, same)
+        return [found[page[:-1]] for page in pages]
+
+    def _list_same(self, session: Session, pages: Sequence[Page]) -> dict[Any, Rows]:
+        """Return the rows of pages that differ only in their parameters, by one statement."""
+        each = [self._page_parameters(page) for page in pages]
+        parameters = {name: [values[name] for values in each] for name in each[0]}
+        statement = self._pages_statement(pages[0].sort, pages[0].position)
+        found: dict[Any, Rows] = {page[:-1]: [] for page in pages}
+        rows_of = list(found.values())
+        for row in session.connection().execute(statement, parameters).all():
+            # The row ends with the number of its page, for which there is no name.
+            rows_of[row[-1] - 1].append(dict(zip(self.names, row, strict=False)))
+        return found
 
     @reads
     def count(self, session: Session, filters: Mapping[str, Any]) -> int:
@@ -211,6 +240,11 @@ class Crud(Generic[Create]):
         )
         return Order(key, self.table.c[name], key.startswith("-"), values)
 
+    def _page_parameters(self, page: Page) -> dict[str, Any]:
+        if page.after is None:
+            return {"limit": page.limit, "offset": page.offset}
+        return {"limit": page.limit, "after_value": page.after.value, "after_id": page.after.id}
+
     def _versions(self, if_match: str | None) -> dict[str, Any]:
         versions = None if if_match is None else etags.versions(if_match)
         return {} if versions is None else {"versions": list(versions)}
@@ -230,6 +264,10 @@ class Crud(Generic[Create]):
     def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> sa.Select[Any]:
         rows = sa.select(*self.public_columns).where(*(self.filters[name] for name in filters))
         return page_statement(rows, self.table, self.orders[sort], position)
+
+    def _build_pages(self, sort: str, position: Position) -> sa.Select[Any]:
+        page = self._build_list(sort, frozenset(), position)
+        return pages_statement(page, self.orders[sort])
 
     def _build_count(self, filters: frozenset[str]) -> sa.Select[Any]:
         conditions = (self.filters[name] for name in filters)

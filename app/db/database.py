@@ -32,7 +32,7 @@ _CANCEL_SECONDS = 0.5
 
 
 class _Call:
-    """One call, and what it holds. `deadline` is on the clock of `time.monotonic`."""
+    """One call, its lanes and its connection. `deadline` is on the clock of `time.monotonic`."""
 
     __slots__ = (
         "connection",

@@ -127,11 +127,12 @@ _CHECKS = (
     ),
     Check(
         "the table {table} has no statistics: ANALYZE {table}",
-        # A table of few rows needs none. ANALYZE of a table without rows stores reltuples = 0.
+        # A table of few rows needs none. ANALYZE of a table without rows stores reltuples = 0, which
+        # stays until the next ANALYZE.
         """
         SELECT oid::regclass::text AS table FROM pg_class
         WHERE oid = ANY (:tables) AND pg_relation_size(oid) > 80 * 1024
-            AND reltuples <> 0
+            AND (reltuples <> 0 OR pg_stat_get_live_tuples(oid) > 0)
             AND has_table_privilege(oid, 'SELECT') AND NOT EXISTS (
                 SELECT FROM pg_stats WHERE schemaname = relnamespace::regnamespace::text
                 AND tablename = relname)

@@ -9,11 +9,27 @@ import binascii
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
-from sqlalchemy import BigInteger, Column, Select, Table, bindparam, select, tuple_, union_all
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    BindParameter,
+    Column,
+    Integer,
+    Select,
+    Table,
+    bindparam,
+    column,
+    func,
+    select,
+    true,
+    tuple_,
+    union_all,
+)
+from sqlalchemy.sql.visitors import replacement_traverse
 
 # The ranges of PostgreSQL's integer and bigint.
 INT4 = range(-(2**31), 2**31)
@@ -148,10 +164,40 @@ def page_statement(
     return _first_rows(both.select(), order, both.c)
 
 
+def pages_statement(page: Select[Any], order: Order) -> Select[Any]:
+    """Return the statement of many pages, with the number of its page after each row, from 1.
+
+    `page` is the statement of one page. Each of its parameters becomes an array, with a value for
+    each page. For PostgreSQL.
+    """
+    parameters = {name: bind.type for name, bind in page.compile().binds.items()}
+    request = (
+        func.unnest(*(bindparam(name, type_=ARRAY(kind)) for name, kind in parameters.items()))
+        .table_valued(
+            *(column(name, kind) for name, kind in parameters.items()), with_ordinality="number"
+        )
+        .render_derived()
+    )
+
+    def replace(element: Any, **_: Any) -> Any:
+        return request.c[element.key] if isinstance(element, BindParameter) else None
+
+    rows = cast("Select[Any]", replacement_traverse(page, {}, replace)).lateral()
+    return (
+        select(*rows.c, request.c.number)
+        .select_from(request.join(rows, true()))
+        .order_by(request.c.number, *_sort_keys(order, rows.c))
+    )
+
+
 def _first_rows(rows: Select[Any], order: Order, columns: Any) -> Select[Any]:
+    return rows.order_by(*_sort_keys(order, columns)).limit(bindparam("limit", type_=Integer))
+
+
+def _sort_keys(order: Order, columns: Any) -> list[Any]:
     keys = [columns[order.column.name], columns["id"]][order.by_id :]
     sorted_keys = [key.desc() if order.descending else key.asc() for key in keys]
     if order.column.nullable:  # SQLite's default differs from PostgreSQL's.
         first = sorted_keys[0]
         sorted_keys[0] = first.nulls_first() if order.descending else first.nulls_last()
-    return rows.order_by(*sorted_keys).limit(bindparam("limit"))
+    return sorted_keys

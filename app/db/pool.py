@@ -112,7 +112,7 @@ class ConnectionPool:
         )
 
     async def acquire(self) -> PooledConnection:
-        """Wait for a connection, and return one that the server has not closed.
+        """Wait for a connection that the server has not closed, and return it.
 
         Raises `DatabaseUnavailable` if there is none and the last attempt to make one failed.
         """

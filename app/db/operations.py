@@ -1,11 +1,15 @@
-"""Changes of single rows, as a part of a batch where that is possible."""
+"""Operations on a table, as a part of a batch where that is possible."""
 
 from typing import Any
 
 from sqlmodel import SQLModel
 
-from app.db.crud import Crud, Record
+from app.db.crud import Crud, Record, Rows
 from app.db.database import Database
+from app.db.pagination import Page
+
+# The database reads and skips so many rows. A page at a greater offset would delay its batch.
+_MAX_BATCHED_OFFSET = 1000
 
 
 async def update_row(
@@ -26,3 +30,10 @@ async def delete_row(
     if if_match is None and await database.run_batched(crud.delete_many, row_id):
         return
     await database.run(crud.delete, row_id, if_match)
+
+
+async def list_rows(database: Database, crud: Crud[Any], page: Page) -> Rows:
+    """Return the rows of a page, in a batch if it is a short range of an index. As `Crud.list`."""
+    if page.offset <= _MAX_BATCHED_OFFSET and not page.filters:
+        return await database.run_batched(crud.list_many, page)
+    return await database.run(crud.list, page)
