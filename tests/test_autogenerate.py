@@ -10,8 +10,9 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import URL, Engine, inspect, text
 
+from tests.migrations import copy_project
 from tests.schemas import schema_of
-from tests.service import BIN, copy_project, engine, environment
+from tests.service import BIN, engine, environment
 from tests.test_migrations import EVERYWHERE, HEAD, insert, rows, squawk
 
 FIRST, SECOND, THIRD = (f"{int(HEAD) + number:04}" for number in (1, 2, 3))

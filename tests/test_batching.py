@@ -25,7 +25,8 @@ from app.heroes import heroes
 from app.models import HeroCreate, HeroUpdate
 from app.telemetry import metrics
 from tests.faults.load import Load
-from tests.service import Service, engine, gunicorn
+from tests.processes import gunicorn
+from tests.service import Service, engine
 
 
 def batches(operation: str = "get_many") -> tuple[int, int]:

@@ -23,7 +23,8 @@ from app.api.middleware import MAX_BODY_BYTES, MAX_IMPORT_BYTES
 from app.errors import ImportRefused
 from app.models import HeroCreate
 from app.transfer.formats import MAX_LINE_BYTES, read_rows
-from tests.service import Service, gunicorn, serve, settings
+from tests.processes import gunicorn
+from tests.service import Service, serve, settings
 from tests.test_bad_input import MARK, MEMBERS
 
 NDJSON = {"Content-Type": "application/x-ndjson"}

@@ -17,15 +17,14 @@ import pytest
 
 from app.db.revisions import Revisions
 from app.settings import Settings
+from tests.examples import DEADPOND
 from tests.faults.load import Load
-from tests.servers import docker_answers
+from tests.postgres import docker_answers
 from tests.service import ROOT
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("docker") and docker_answers()), reason="needs a Docker Engine with Compose"
 )
-
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from tests.faults.load import Load
-from tests.servers import docker_answers
+from tests.postgres import docker_answers
 from tests.test_compose import Stack, commands_in, free_port
 
 pytestmark = pytest.mark.skipif(

@@ -6,9 +6,8 @@ import httpx2
 import pytest
 
 from app.db import etags
+from tests.examples import DEADPOND
 from tests.service import Service
-
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sqlmodel import Session
 
 from app.db.doctor import findings
 from app.db.revisions import Revisions
-from tests.servers import Postgres
+from tests.postgres import Postgres
 from tests.service import BIN, environment
 from tests.test_environments import role
 

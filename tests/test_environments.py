@@ -16,13 +16,14 @@ from psycopg import sql
 from sqlalchemy import URL, Engine, create_engine, text
 
 from app.api.exception_handlers import SQLSTATES
+from tests.examples import DEADPOND
+from tests.migrations import Migrators, copy_project
+from tests.postgres import Postgres
 from tests.schemas import schema_of
-from tests.servers import Postgres
-from tests.service import BIN, Migrators, Service, copy_project, environment, serve, settings
+from tests.service import BIN, Service, environment, serve, settings
 from tests.test_migrations import tutorials_database
 
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-HERO = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 @contextmanager
@@ -85,10 +86,10 @@ def test_a_request_that_the_server_ends_by_its_transaction_timeout_is_a_503(
         with serve(settings(database_url)) as service, service.client() as client:
             holder.execute(text("SET transaction_timeout = 0"))
             holder.execute(text("BEGIN; LOCK TABLE hero"))
-            refused = client.post("/heroes/", json=HERO, headers={"Idempotency-Key": "k"})
+            refused = client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "k"})
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             holder.execute(text("ROLLBACK"))
-            again = client.post("/heroes/", json=HERO, headers={"Idempotency-Key": "k"})
+            again = client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "k"})
             assert again.status_code == 200
 
 
@@ -133,7 +134,7 @@ def test_a_state_that_only_a_bug_causes_is_a_500(service: Service, database: Eng
 def answer_to(service: Service, database: Engine, state: str) -> httpx2.Response:
     """The response to an update during which the server raises this SQLSTATE."""
     with service.client() as client, database.connect() as connection:
-        client.post("/heroes/", json=HERO)
+        client.post("/heroes/", json=DEADPOND)
         connection.execute(
             text(
                 "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$"
@@ -240,7 +241,7 @@ def test_a_search_path_other_than_public_is_used_by_all_commands(
             )
         with serve(settings(service)) as running, running.client() as client:
             assert client.get("/health/ready").status_code == 200
-            created = client.post("/heroes/", json=HERO, headers={"Idempotency-Key": "k"})
+            created = client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "k"})
             assert created.status_code == 200
         checked = subprocess.run(
             [BIN / "heroes", "doctor"], env=environment(service), capture_output=True, text=True
@@ -290,7 +291,7 @@ def sent(service: Service, request: str) -> tuple[bytes, bytes]:
 def test_an_export_to_an_http_1_0_client_is_not_chunked(
     service: Service, client: httpx2.Client
 ) -> None:
-    lines = "".join(json.dumps(HERO | {"name": f"hero {n}"}) + "\n" for n in range(3000))
+    lines = "".join(json.dumps(DEADPOND | {"name": f"hero {n}"}) + "\n" for n in range(3000))
     headers = {"Content-Type": "application/x-ndjson"}
     client.post("/heroes/import", content=lines, headers=headers)
     expected = client.get("/heroes/export").content
@@ -310,9 +311,9 @@ def test_an_export_to_an_http_1_0_client_is_not_chunked(
 
 def test_the_id_of_a_deleted_hero_is_not_used_again(client: httpx2.Client) -> None:
     """Otherwise an old ETag would match the next hero."""
-    first = client.post("/heroes/", json=HERO)
+    first = client.post("/heroes/", json=DEADPOND)
     client.delete("/heroes/1")
-    second = client.post("/heroes/", json=HERO | {"name": "Other"})
+    second = client.post("/heroes/", json=DEADPOND | {"name": "Other"})
     assert second.json()["id"] == 2
     old = {"If-Match": first.headers["etag"]}
     assert client.patch("/heroes/1", json={"age": 1}, headers=old).status_code == 404
@@ -330,7 +331,7 @@ def test_ids_continue_after_those_of_an_adopted_table(
     migrate(empty_database, "upgrade", "head")
     with serve(settings(empty_database)) as service, service.client() as client:
         for expected in (8, 9):
-            assert client.post("/heroes/", json=HERO).json()["id"] == expected
+            assert client.post("/heroes/", json=DEADPOND).json()["id"] == expected
             client.delete(f"/heroes/{expected}")
 
 

@@ -10,9 +10,7 @@ from app.db.database import Database
 from app.db.pagination import Page
 from app.heroes import heroes
 from app.models import HeroCreate, HeroUpdate
-
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
-RUSTY_MAN = {"name": "Rusty-Man", "secret_name": "Tommy Sharp", "age": 48}
+from tests.examples import DEADPOND, RUSTY_MAN
 
 
 def create(client: httpx2.Client, **hero: object) -> int:

@@ -14,10 +14,10 @@ from app.application import create_app
 from app.db.crud import Rows
 from app.db.pagination import Page
 from app.heroes import heroes
+from tests.examples import DEADPOND
 from tests.service import Connection, Service, serve, settings
 
 pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 STATIC = "/static-offline-docs/swagger-ui.css"
 PATHS = {
     "/": 307,

@@ -8,10 +8,10 @@ import httpx2
 import pytest
 from sqlalchemy import URL, DateTime, Engine, bindparam, text
 
+from tests.examples import DEADPOND
 from tests.service import Service, serve, settings
 from tests.test_tokens import TOKENS, bearer
 
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 KEY = {"Idempotency-Key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 
 

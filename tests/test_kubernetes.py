@@ -21,7 +21,7 @@ from app import NAME, __version__
 from app.api.middleware import MAX_IMPORT_BYTES
 from app.limits import BYTES_FOR_THE_REST, BYTES_PER_WORKER
 from app.settings import Settings
-from tests.servers import POSTGRES_IMAGE, docker_answers
+from tests.postgres import POSTGRES_IMAGE, docker_answers
 from tests.service import BIN, ROOT, serve, settings
 
 FOLDER = ROOT / "deploy" / "kubernetes"

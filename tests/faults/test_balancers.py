@@ -16,8 +16,8 @@ import pytest
 from sqlalchemy import URL, Engine, text
 
 from tests.faults.load import Load
-from tests.servers import docker_answers
-from tests.service import gunicorn
+from tests.postgres import docker_answers
+from tests.processes import gunicorn
 
 
 class Proxy(NamedTuple):

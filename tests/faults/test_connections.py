@@ -21,14 +21,14 @@ from app.db.database import Database
 from app.errors import DatabaseTimeout, DatabaseUnavailable, Overloaded
 from app.heroes import heroes
 from app.models import HeroCreate, HeroUpdate
+from tests.examples import DEADPOND
 from tests.faults.network import SteadyLoad, needs_iptables, network
 from tests.service import serve, settings
 
 pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-HERO = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 REQUESTS = [
     ("GET", "/heroes/1", None),
-    ("POST", "/heroes/", HERO),
+    ("POST", "/heroes/", DEADPOND),
     ("PATCH", "/heroes/1", {"age": 1}),
 ]
 
@@ -44,7 +44,7 @@ def test_requests_succeed_within_two_seconds_after_a_partition(
         serve(settings(link.url)) as service,
         service.client() as client,
     ):
-        assert client.post("/heroes/", json=HERO).status_code == 200
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200
         with SteadyLoad(service.port, 130, REQUESTS) as load:
             time.sleep(3)
             lost_at = load.now
@@ -121,7 +121,7 @@ def test_with_several_hosts_the_service_connects_to_the_one_that_accepts_writes(
                     connection.execute(text("SET default_transaction_read_only = off"))
                     connection.execute(text(read_only + "off"))
                 await asyncio.sleep(2)
-                await service.run(heroes.create, HeroCreate.model_validate(HERO))
+                await service.run(heroes.create, HeroCreate.model_validate(DEADPOND))
             finally:
                 await service.close()
 
@@ -186,13 +186,13 @@ def test_reads_keep_their_connections_while_200_writers_wait_for_a_lock(
     database_url: URL, database: Engine, figures: list[str]
 ) -> None:
     async def slowest_read(service: Database) -> float:
-        row = await service.run(heroes.create, HeroCreate.model_validate(HERO))
+        row = await service.run(heroes.create, HeroCreate.model_validate(DEADPOND))
 
         async def write(number: int) -> None:
             if number % 2:
                 await service.run(heroes.update, row.id, HeroUpdate(age=number), None)
             else:
-                await service.run_batched(heroes.create_many, HeroCreate.model_validate(HERO))
+                await service.run_batched(heroes.create_many, HeroCreate.model_validate(DEADPOND))
 
         with writes_blocked(database):
             writers = [asyncio.create_task(write(number)) for number in range(200)]
@@ -285,7 +285,7 @@ def test_a_write_whose_connection_is_lost_is_503_with_an_unknown_outcome(
 
         def lose(**headers: str) -> httpx2.Response:
             with service.client() as client, database.connect() as connection:
-                response = pool.submit(client.post, "/heroes/", json=HERO, headers=headers)
+                response = pool.submit(client.post, "/heroes/", json=DEADPOND, headers=headers)
                 deadline = time.monotonic() + 1.8
                 while not connection.scalar(terminate) and time.monotonic() < deadline:
                     time.sleep(0.05)
@@ -311,11 +311,11 @@ def test_a_write_that_the_server_does_not_confirm_in_time_has_an_unknown_outcome
     """The server's own timeout is switched off, so it cannot report that it wrote nothing."""
     url = database_url.update_query_dict({"options": "-c statement_timeout=0"})
     with serve(settings(url, database_timeout=0.8)) as service, service.client() as client:
-        unknown = client.post("/heroes/", json=HERO)
+        unknown = client.post("/heroes/", json=DEADPOND)
         assert "may have happened" in unknown.json()["detail"]
     # The control: with the server's timeout, nothing is written for sure.
     with serve(settings(database_url, database_timeout=0.8)) as service, service.client() as client:
-        known = client.post("/heroes/", json=HERO)
+        known = client.post("/heroes/", json=DEADPOND)
         assert known.json() == {"detail": "The database is unavailable"}
         assert known.headers["retry-after"] == "1"
 

@@ -11,10 +11,10 @@ import httpx2
 import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
-from tests.servers import EmbeddedPostgres
-from tests.service import Migrators, serve, settings
-
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
+from tests.examples import DEADPOND
+from tests.migrations import Migrators
+from tests.postgres import EmbeddedPostgres
+from tests.service import serve, settings
 
 EVERY_OPERATION: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/heroes/", DEADPOND),

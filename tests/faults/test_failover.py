@@ -22,7 +22,7 @@ import httpx2
 import psycopg
 import pytest
 
-from tests.servers import docker_answers
+from tests.postgres import docker_answers
 from tests.service import ROOT
 from tests.test_compose import Stack
 

@@ -17,16 +17,9 @@ from sqlalchemy import URL, Engine, text
 
 from app.api.spools import MAX_SPOOLS
 from tests.faults.load import Load
-from tests.service import (
-    ROOT,
-    Connection,
-    Gunicorn,
-    Service,
-    copy_project,
-    gunicorn,
-    serve,
-    settings,
-)
+from tests.migrations import copy_project
+from tests.processes import Gunicorn, gunicorn
+from tests.service import ROOT, Connection, Service, serve, settings
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LINE = b'{"name": "%s", "secret_name": "%s"}\n' % (b"n" * 200, b"s" * 200)

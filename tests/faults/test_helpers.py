@@ -15,9 +15,10 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import URL, text
 
+from tests.migrations import Migration, Migrators
+from tests.postgres import Postgres
 from tests.schemas import schema_of
-from tests.servers import Postgres
-from tests.service import ROOT, Migration, Migrators, engine
+from tests.service import ROOT, engine
 from tests.test_migrations import HEAD
 
 ROWS = 300_000

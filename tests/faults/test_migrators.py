@@ -19,14 +19,16 @@ from sqlalchemy import URL, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from app.db import migrations
+from tests.examples import DEADPOND
+from tests.migrations import Migrators, alembic, copy_project
+from tests.postgres import Postgres
+from tests.processes import gunicorn
 from tests.schemas import schema_of
-from tests.servers import Postgres
-from tests.service import ROOT, Migrators, alembic, copy_project, engine, gunicorn
+from tests.service import ROOT, engine
 from tests.test_migrations import REVISIONS, rows, tutorials_database
 
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
-DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 ROUNDS = 10
 MIGRATORS = 8
 

@@ -21,9 +21,11 @@ from sqlalchemy import URL
 
 from app.db import migrations
 from app.db.engine import sqlstate
+from tests.examples import DEADPOND
 from tests.faults.load import Load
-from tests.servers import docker_answers
-from tests.service import ROOT, Migrators
+from tests.migrations import Migrators
+from tests.postgres import docker_answers
+from tests.service import ROOT
 from tests.test_compose import Stack
 
 IMAGE = "edoburu/pgbouncer:latest"
@@ -38,8 +40,6 @@ pytestmark = pytest.mark.skipif(
     not (shutil.which("docker") and docker_answers() and image_exists()),
     reason=f"needs a Docker Engine with Compose, and the image {IMAGE}",
 )
-
-HERO = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 class Pooled(Stack):
@@ -138,7 +138,7 @@ SERVICE_SESSIONS = "FROM pg_stat_activity WHERE usename = 'heroes_app'"
 
 
 def test_the_contract_holds_through_pgbouncer(stack: Pooled, client: httpx2.Client) -> None:
-    created = client.post("/heroes/", json=HERO)
+    created = client.post("/heroes/", json=DEADPOND)
     assert created.status_code == 200
     hero = created.json()
     path = f"/heroes/{hero['id']}"
@@ -177,7 +177,7 @@ def test_a_call_that_waits_for_a_lock_ends_in_time_on_the_server_too(
     stack: Pooled, client: httpx2.Client
 ) -> None:
     """PgBouncer drops the timeouts that the service sends. The role has its own."""
-    hero = client.post("/heroes/", json=HERO).json()
+    hero = client.post("/heroes/", json=DEADPOND).json()
     with stack.connect("db") as owner, owner.transaction():
         owner.execute("LOCK TABLE hero")
         start = time.monotonic()
@@ -198,7 +198,7 @@ def test_a_call_that_waits_for_a_lock_ends_in_time_on_the_server_too(
 
 def test_concurrent_creates_with_one_key_create_one_hero(stack: Pooled) -> None:
     headers = {"Idempotency-Key": uuid.uuid4().hex}
-    body = HERO | {"name": headers["Idempotency-Key"]}
+    body = DEADPOND | {"name": headers["Idempotency-Key"]}
 
     def create(_: int) -> tuple[int, bytes, bool]:
         with stack.client() as client:
@@ -242,7 +242,7 @@ def writing(stack: Pooled) -> Iterator[list[tuple[float, int, str]]]:
                 name = uuid.uuid4().hex
                 status = 0
                 while status != 200 and not stop.is_set():
-                    body, headers = HERO | {"name": name}, {"Idempotency-Key": name}
+                    body, headers = DEADPOND | {"name": name}, {"Idempotency-Key": name}
                     status = client.post("/heroes/", json=body, headers=headers).status_code
                     responses.append((time.monotonic(), status, name))
                     time.sleep(0.02)
@@ -327,7 +327,7 @@ def test_stale_plans_stop_only_with_reconnect(stack: Pooled) -> None:
     """Each client prepares the statement again, and PgBouncer gives it the same stale plan."""
     count = re.compile(r'^database_errors_total\{sqlstate_class="0A"\} (.*)$', re.MULTILINE)
     with stack.client() as client:
-        path = client.post("/heroes/", json=HERO).headers["Location"]
+        path = client.post("/heroes/", json=DEADPOND).headers["Location"]
 
         def stale_plans() -> float:
             """The number of stale plans during some reads, which all succeed."""

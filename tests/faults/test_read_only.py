@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import URL, Engine, text
 
+from tests.examples import DEADPOND
 from tests.service import serve, settings
 
 pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
-HERO = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def test_writes_work_again_soon_after_the_database_is_writable(
     with serve(settings(database_url)) as service, service.client() as client:
         with read_only(database):
             for _ in range(3):
-                assert client.post("/heroes/", json=HERO).status_code == 503
+                assert client.post("/heroes/", json=DEADPOND).status_code == 503
             assert client.get("/heroes/").status_code == 200, "reads work"
-        created = [client.post("/heroes/", json=HERO).status_code for _ in range(5)]
+        created = [client.post("/heroes/", json=DEADPOND).status_code for _ in range(5)]
         # New sessions of the read-only time are replaced one by one.
         assert created[2:] == [200] * 3
 

@@ -19,8 +19,9 @@ from sqlalchemy import URL, Engine, text
 from app.db.revisions import Revisions
 from app.server.protocol import BoundedProtocol
 from tests.faults.load import Load
-from tests.servers import Postgres
-from tests.service import ROOT, Connection, Gunicorn, alive, gunicorn, serve, settings
+from tests.postgres import Postgres
+from tests.processes import Gunicorn, alive, gunicorn
+from tests.service import ROOT, Connection, serve, settings
 
 JSON = "application/json"
 HERO = b'{"name": "Deadpond", "secret_name": "Dive Wilson"}'
