@@ -113,7 +113,7 @@ def test_sigterm_completes_requests_in_flight_with_connection_close(
 
     def read() -> None:
         with Connection(server.port) as connection:
-            # Lists with a filter are not batched: each request waits for the lock in its own session.
+            # A list with a filter is not batched: each waits for the lock in its own session.
             response = connection.send("GET", "/heroes/?name=a")
             responses.append((response.status, response.headers["Connection"]))
 
@@ -458,12 +458,18 @@ def test_the_pool_gauges_show_used_connections_and_waiting_requests(
     database_url: URL, tmp_path: Path, database: Engine
 ) -> None:
     with (
-        gunicorn(database_url, tmp_path, DATABASE_POOL_SIZE="2", WEB_CONCURRENCY="1") as server,
+        gunicorn(
+            database_url,
+            tmp_path,
+            DATABASE_POOL_SIZE="2",
+            DATABASE_TIMEOUT="20",
+            WEB_CONCURRENCY="1",
+        ) as server,
         database.connect() as holder,
     ):
         holder.execute(text("BEGIN"))
         holder.execute(text("LOCK TABLE hero"))
-        threads = [threading.Thread(target=server.get, args=("/heroes/",)) for _ in range(5)]
+        threads = [threading.Thread(target=server.get, args=("/heroes/?name=a",)) for _ in range(5)]
         for thread in threads:
             thread.start()
 
