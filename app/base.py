@@ -41,10 +41,13 @@ def _complete(table: Table, metadata: MetaData) -> None:
 
     A foreign key gets the type of its target, which would be INTEGER otherwise. It gets an index,
     without which a delete in the other table scans this one. A NOT NULL column with a default gets
-    it in the database too, for writers that do not know the column: the previous release.
+    it in the database too, for writers that do not know the column: the previous release. SQLite
+    would give the id of a deleted row to the next one, whose ETag is the same.
     """
     if metadata is not SQLModel.metadata:
         return
+    if table.autoincrement_column is not None:
+        table.dialect_options["sqlite"]["autoincrement"] = True
     for foreign_key in table.foreign_keys:
         # SQLAlchemy replaces the null type when the other table is defined later.
         foreign_key.parent.type = NullType()
@@ -80,8 +83,9 @@ def _refuse_bool_and_str(value: object) -> object:
 
 # For an integer: without pydantic's conversion of true and "42".
 NoConversion = BeforeValidator(_refuse_bool_and_str)
+Id = Annotated[int, Field(ge=1, le=INT8_MAX)]
 # The id of a row of another table.
-Reference = Annotated[int, Field(ge=1, le=INT8_MAX), NoConversion]
+Reference = Annotated[Id, NoConversion]
 
 
 class NotNull:

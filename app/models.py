@@ -30,8 +30,6 @@ class Hero(HeroBase, Row, table=True):
         # The tutorial's two indexes, extended by the id: lists are in a total order.
         Index("ix_hero_name_id", "name", "id"),
         Index("ix_hero_age_id", "age", "id"),
-        # Otherwise SQLite gives the id of a deleted row to the next one, whose ETag is the same.
-        {"sqlite_autoincrement": True},
     )
 
     secret_name: str

@@ -214,7 +214,7 @@ def test_indexes_with_expressions_and_conditions_are_generated(
 ) -> None:
     edit(
         project,
-        ("from sqlalchemy import (\n", "from sqlalchemy import (\n    text,\n"),
+        ("from sqlalchemy import ", "from sqlalchemy import text, "),
         (
             '        Index("ix_hero_name_id"',
             '        Index("ix_lower", text("lower(name)"), unique=True),\n'
