@@ -1,0 +1,214 @@
+"""docs/add-a-resource.md and docs/make-it-yours.md are true: applied to a copy, they work."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import URL, text
+
+from tests.faults.load import Load
+from tests.servers import Postgres
+from tests.service import ROOT, engine, environment, gunicorn
+from tests.walks import apply, copy_repository
+
+ADD_A_RESOURCE = (ROOT / "docs" / "add-a-resource.md").read_text()
+postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+
+LOCK_SECONDS = 1.5
+# Twenty lazy loads wait for a lock on `team`, with a pool of four connections.
+LAZY_LOADING = """
+import asyncio
+import json
+import sys
+import threading
+import time
+
+from sqlalchemy import create_engine, event, make_url, text
+
+from app.db.database import Database
+from app.heroes import heroes
+from app.teams import get_with_heroes
+from tests.test_teams import recruit, team_mates
+
+URL, SECONDS = make_url(sys.argv[1]), float(sys.argv[2])
+
+
+def hold(is_locked: threading.Event) -> None:
+    with create_engine(URL).begin() as connection:
+        connection.execute(text("LOCK TABLE team IN ACCESS EXCLUSIVE MODE"))
+        is_locked.set()
+        time.sleep(SECONDS)
+
+
+async def stall(stop: asyncio.Event) -> float:
+    longest = 0.0
+    while not stop.is_set():
+        start = time.monotonic()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.monotonic() - start)
+    return longest
+
+
+async def measured(work) -> tuple[float, float]:
+    stop, start = asyncio.Event(), time.monotonic()
+    stalls = asyncio.create_task(stall(stop))
+    await asyncio.sleep(0.01)
+    await work
+    stop.set()
+    return time.monotonic() - start, await stalls
+
+
+async def main() -> dict:
+    database = Database(URL, pool_size=4, timeout=20)
+    team = await database.run_in_transaction(recruit, ["Deadpond", "Rusty-Man"])
+    large = await database.run_in_transaction(recruit, [f"hero {n}" for n in range(50)])
+    hero_id = team.heroes[0].id
+    _, control = await measured(
+        database.run_in_transaction(lambda session: time.sleep(0.4))
+    )
+
+    is_locked, served = threading.Event(), 0
+    holder = threading.Thread(target=hold, args=(is_locked,))
+    holder.start()
+    await asyncio.to_thread(is_locked.wait)
+
+    async def calls() -> None:
+        nonlocal served
+        waiting = [
+            asyncio.ensure_future(database.run_in_transaction(team_mates, hero_id))
+            for _ in range(20)
+        ]
+        while holder.is_alive():
+            await database.run(heroes.get, hero_id)
+            served += 1
+            await asyncio.sleep(0.01)
+        assert all(names == ["Deadpond", "Rusty-Man"] for names in await asyncio.gather(*waiting))
+
+    seconds, longest = await measured(calls())
+
+    statements = []
+    event.listen(database.engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
+    counts = []
+    for each in (team, large):
+        statements.clear()
+        found = await database.run_in_transaction(get_with_heroes, each.id)
+        counts.append((len(found["heroes"]), len(statements)))
+    await database.close()
+    return {
+        "seconds": seconds,
+        "stall": longest,
+        "control": control,
+        "served": served,
+        "counts": counts,
+    }
+
+
+print(json.dumps(asyncio.run(main())))
+"""
+
+
+@postgresql_only
+def test_a_second_resource_by_the_page(
+    database_url: URL,
+    empty_database: URL,
+    postgres: Postgres,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figures: list[str],
+) -> None:
+    """The previous code serves a database with rows while the page's commands migrate it."""
+    project = copy_repository(tmp_path)
+    # The tests of the copy use the same server.
+    monkeypatch.setenv("TEST_DATABASE_URL", postgres.url.render_as_string(hide_password=False))
+    with engine(database_url).connect() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO hero (name, age, secret_name)"
+                " SELECT 'hero ' || n, n % 90, 's' FROM generate_series(1, 20000) n"
+            )
+        )
+    start = time.monotonic()
+    before, commands, after = ADD_A_RESOURCE.partition("```console\n$ alembic")
+    lines = apply(before, project, database_url)
+    migration, tests, rest = (commands + after).partition("## 5. Tests")
+    requests = [
+        ("GET", "/heroes/?limit=5", ""),
+        ("GET", "/heroes/7", ""),
+        ("POST", "/heroes/", '{"name": "Deadpond", "secret_name": "Dive Wilson"}'),
+        ("PATCH", "/heroes/3", '{"age": 29}'),
+    ]
+    with gunicorn(database_url, tmp_path, DATABASE_POOL_SIZE="4") as previous:
+        load = Load(previous.port, requests, keep_alive_clients=4, fresh_clients=1)
+        with load.running():
+            wait_for_load(load, 50)
+            lines += apply(migration, project, database_url)
+            wait_for_load(load, load.answered + 50)  # On the new schema.
+    assert load.lost == []
+    generated = sorted(set(versions(project)) - set(versions(ROOT)))
+    assert len(generated) == 2
+
+    with (
+        gunicorn(database_url, project, root=project, WEB_CONCURRENCY="1") as server,
+        httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client,
+    ):
+        team = client.post("/teams/", json={"name": "Z-Force", "headquarters": "A bar"})
+        assert team.json() == {"name": "Z-Force", "headquarters": "A bar", "id": 1}
+        seconds = time.monotonic() - start
+        assert client.patch("/heroes/7", json={"team_id": 1}).json()["team_id"] == 1
+        assert [hero["id"] for hero in client.get("/heroes/?team_id=1").json()] == [7]
+        times: dict[str, list[float]] = {"/heroes/7": [], "/teams/1": []}
+        for path in list(times) * 300:
+            began = time.monotonic()
+            assert client.get(path).status_code == 200
+            times[path].append(time.monotonic() - began)
+    heroes, teams = (statistics.median(each) * 1e6 for each in times.values())
+    assert teams < 2 * heroes
+
+    lines += apply(tests + rest, project, empty_database)
+    measured = lazy_loading(project, database_url)
+    assert measured["control"] > 0.39, "control: a function that blocks stalls the event loop"
+    assert measured["stall"] < LOCK_SECONDS / 2
+    assert measured["seconds"] < LOCK_SECONDS * 2, "calls waited one after the other"
+    assert measured["served"] > 10
+    assert measured["counts"] == [[2, 2], [50, 2]]
+
+    in_tests = sum(count for path, count in lines.items() if path.startswith("tests/"))
+    figures += [
+        f"add-a-resource: {sum(lines.values()) - in_tests} lines in {len(lines) - 2} files,"
+        f" {in_tests} in 2 files of tests, {len(generated)} generated revisions,"
+        f" {seconds:.0f} s to a served team; {dict(lines)}",
+        f"upgrade under load: 0 of {load.answered} requests lost, slowest {load.slowest:.2f} s;"
+        f" median read of a hero {heroes:.0f} µs, of a team {teams:.0f} µs",
+        f"20 lazy loads on 4 connections behind a lock of {LOCK_SECONDS} s:"
+        f" {measured['seconds']:.2f} s, longest stall {measured['stall'] * 1000:.1f} ms"
+        f" (blocking: {measured['control'] * 1000:.0f}), {measured['served']} other reads",
+    ]
+
+
+def wait_for_load(load: Load, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while load.answered < count:
+        assert time.monotonic() < deadline, load
+        time.sleep(0.02)
+
+
+def versions(project: Path) -> list[str]:
+    return [path.name for path in (project / "alembic" / "versions").glob("*.py")]
+
+
+def lazy_loading(project: Path, url: URL) -> dict[str, Any]:
+    ended = subprocess.run(
+        [sys.executable, "-c", LAZY_LOADING, url.render_as_string(False), str(LOCK_SECONDS)],
+        cwd=project,
+        env=environment(url, PYTHONPATH=str(project)),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return dict(json.loads(ended.stdout))
