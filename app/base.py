@@ -1,4 +1,4 @@
-"""What the models of all tables share: columns, types of members, names of constraints."""
+"""Columns, types of members and names of constraints, for the models of all tables."""
 
 from contextlib import suppress
 from decimal import Decimal

@@ -118,7 +118,7 @@ def test_a_generated_change_is_safe_and_the_same_on_both_databases(
         f'op.create_table("team", sa.Column("id", {ID}, nullable=False),'
         ' sa.Column("version", sa.Integer(), server_default="1", nullable=False),'
         f' sa.Column("name", {AUTO}, nullable=False),'
-        ' sa.PrimaryKeyConstraint("id", name=op.f("team_pkey")))',
+        ' sa.PrimaryKeyConstraint("id", name=op.f("team_pkey")), sqlite_autoincrement=True)',
         'op.create_index(op.f("ix_team_name"), "team", ["name"], unique=False)',
         f'op.add_column("hero", sa.Column("team_id", {ID}, nullable=True))',
         f'op.add_column("hero", sa.Column("badge", {AUTO}, nullable=True))',

@@ -1,25 +1,31 @@
 """docs/add-a-resource.md and docs/make-it-yours.md are true: applied to a copy, they work."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Engine, text
 
 from tests.faults.load import Load
 from tests.servers import Postgres
-from tests.service import ROOT, engine, environment, gunicorn
-from tests.walks import apply, copy_repository
+from tests.service import ROOT, Service, engine, environment, gunicorn, uvicorn_process
+from tests.walks import apply, changes, copy_repository, run
 
 ADD_A_RESOURCE = (ROOT / "docs" / "add-a-resource.md").read_text()
+MAKE_IT_YOURS = (ROOT / "docs" / "make-it-yours.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", MAKE_IT_YOURS, re.MULTILINE))
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
+DEADPOND = {"name": "Deadpond", "secret_name": "Dive Wilson"}
 LOCK_SECONDS = 1.5
 # Twenty lazy loads wait for a lock on `team`, with a pool of four connections.
 LAZY_LOADING = """
@@ -185,7 +191,7 @@ def test_a_second_resource_by_the_page(
         f" {seconds:.0f} s to a served team; {dict(lines)}",
         f"upgrade under load: 0 of {load.answered} requests lost, slowest {load.slowest:.2f} s;"
         f" median read of a hero {heroes:.0f} µs, of a team {teams:.0f} µs",
-        f"20 lazy loads on 4 connections behind a lock of {LOCK_SECONDS} s:"
+        f"20 lazy loads on 4 connections that wait for a lock of {LOCK_SECONDS} s:"
         f" {measured['seconds']:.2f} s, longest stall {measured['stall'] * 1000:.1f} ms"
         f" (blocking: {measured['control'] * 1000:.0f}), {measured['served']} other reads",
     ]
@@ -212,3 +218,119 @@ def lazy_loading(project: Path, url: URL) -> dict[str, Any]:
     )
     assert ended.returncode == 0, ended.stderr
     return dict(json.loads(ended.stdout))
+
+
+@contextmanager
+def applied(section: str, url: URL, folder: Path, figures: list[str]) -> Iterator[Service]:
+    """Apply a section of the page to a copy, check the code and serve it."""
+    project = copy_repository(folder)
+    apply(SECTIONS[section], project, url)
+    for command in (
+        "ruff check app alembic",
+        "ruff format --check app",
+        "lint-imports",
+        "mypy app",
+    ):
+        run(command, project, url)
+    added, removed, files = changes(project)
+    figures.append(f"{section}: {added} new lines, {removed} removed, in {files} files")
+    with uvicorn_process(url, project) as service:
+        yield service
+
+
+@postgresql_only
+def test_the_service_is_renamed(
+    database_url: URL, database: Engine, tmp_path: Path, figures: list[str]
+) -> None:
+    with (
+        applied("Rename the service", database_url, tmp_path, figures) as service,
+        service.client() as client,
+    ):
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200
+        exposed = client.get("/metrics").text
+        assert "roster_build_info{" in exposed
+        assert "heroes_" not in exposed
+        assert client.get("/openapi.json").json()["info"]["title"] == "Roster"
+        with database.connect() as connection:
+            mine = (
+                "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
+            )
+            assert "roster" in connection.scalars(text(mine)).all()
+    project = tmp_path / "repository"
+    assert "Usage: roster " in run("python -m app --help", project, database_url)
+    left = run("grep -rhi hero Dockerfile docker* deploy || true", project, database_url)
+    assert left == ""
+    run("pytest -q tests/test_logs.py tests/test_layers.py", project, database_url)
+
+
+@postgresql_only
+def test_the_first_table_is_replaced(
+    empty_database: URL,
+    postgres: Postgres,
+    tmp_path: Path,
+    figures: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = postgres.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("TEST_DATABASE_URL", url)
+    with (
+        applied("Replace the first table", empty_database, tmp_path, figures) as service,
+        service.client() as client,
+    ):
+        assert client.post("/agents/", json=DEADPOND).json()["name"] == "Deadpond"
+        assert client.get("/heroes/").status_code == 404
+    project = tmp_path / "repository"
+    assert versions(project) == [next(name for name in versions(project) if "_0001_" in name)]
+    run("pytest -q tests/test_contract.py -k 'created_read or statement'", project, empty_database)
+    exported = run("python -m app export - 2> /dev/null", project, empty_database)
+    assert json.loads(exported)["name"] == "Deadpond"
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_import_and_export_are_removed(
+    database_url: URL, tmp_path: Path, figures: list[str]
+) -> None:
+    section = "Remove import and export over HTTP"
+    with (
+        applied(section, database_url, tmp_path, figures) as service,
+        service.client() as client,
+    ):
+        assert client.post("/heroes/", json=DEADPOND).status_code == 200
+        assert client.get("/heroes/export").status_code == 422  # Not an id.
+        assert client.post("/heroes/import").status_code == 405
+        assert client.get("/heroes/1").json()["name"] == "Deadpond"
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_tokens_are_removed(
+    database_url: URL, tmp_path: Path, figures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_TOKENS", "not read")
+    key = {"Idempotency-Key": "one"}
+    with (
+        applied("Remove tokens", database_url, tmp_path, figures) as service,
+        service.client() as client,
+    ):
+        assert client.post("/heroes/", json=DEADPOND, headers=key).status_code == 200
+        assert client.post("/heroes/", json=DEADPOND, headers=key).json()["id"] == 1
+        assert client.patch("/heroes/1", json={"age": 3}).json()["age"] == 3
+        assert client.delete("/heroes/1").status_code == 200
+
+
+@postgresql_only
+def test_sqlite_is_refused(database_url: URL, tmp_path: Path, figures: list[str]) -> None:
+    with (
+        applied("Refuse SQLite", database_url, tmp_path, figures) as service,
+        service.client() as client,
+    ):
+        assert client.get("/health/ready").status_code == 200
+    for url in ("sqlite:///heroes.db", ""):
+        refused = subprocess.run(
+            [sys.executable, "-m", "app", "doctor"],
+            cwd=tmp_path / "repository",
+            env=environment(url, PYTHONPATH="."),
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 2
+        assert "SQLite is not supported" in refused.stderr

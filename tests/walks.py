@@ -68,6 +68,21 @@ def _patch(file: Path, diff: str) -> int:
     return added
 
 
+def changes(project: Path) -> tuple[int, int, int]:
+    """Return the number of new lines, removed lines and files in which the copy differs."""
+    found = subprocess.run(
+        ["diff", "-r", "-N", "-U0", *_excluded("__pycache__", ".*"), ROOT, project],
+        capture_output=True,
+        text=True,
+    ).stdout
+    count = Counter(re.findall(r"^(\+\+\+|[-+])", found, re.MULTILINE))
+    return count["+"], count["-"] - count["+++"], count["+++"]
+
+
+def _excluded(*names: str) -> list[str]:
+    return [f"--exclude={name}" for name in (*names, "node_modules", "*.db*", "openapi.json")]
+
+
 def run(command: str, project: Path, url: URL) -> str:
     """Run a command of a page in the copy. `make` does not renew the environment."""
     command = re.sub(r"^make ", "make --old-file=install ", command)

@@ -22,7 +22,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, pool
 from sqlalchemy.exc import DBAPIError
 
-from app import NAME
+from app import MIGRATION_LOCK, NAME
 from app.db.engine import sqlstate
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ STATEMENT_TIMEOUT = "15min"
 # How long a migrator retries to get a lock, and how long it waits for another migrator.
 LOCK_WAIT_SECONDS = 600
 OTHER_MIGRATOR_WAIT_SECONDS = 3600
-# An arbitrary number, which no other application on the database may use.
-_ADVISORY_LOCK = 7_452_308_671
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
@@ -127,7 +125,7 @@ def only_migrator(engine: Engine) -> Iterator[None]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _refuse_shared_session(connection)
         deadline = time.monotonic() + OTHER_MIGRATOR_WAIT_SECONDS
-        lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=_ADVISORY_LOCK)
+        lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=MIGRATION_LOCK)
         is_logged = False
         while not connection.scalar(lock):
             if time.monotonic() > deadline:
