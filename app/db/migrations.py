@@ -84,7 +84,13 @@ def _sqlite_engine(url: URL) -> Engine:
         poolclass=pool.NullPool,
         connect_args={"isolation_level": None, "timeout": LOCK_WAIT_SECONDS},
     )
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A rebuild of a table copies all rows, also those that violate a constraint.
+        connection.exec_driver_sql("PRAGMA ignore_check_constraints = ON")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
     return engine
 
 
@@ -304,12 +310,9 @@ def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> Non
     if not _on_postgresql():
         for name, condition in checks.items():
             _log_violations(table, name, condition, key)
-        # The rebuild copies all rows, also those that violate a constraint.
-        op.execute("PRAGMA ignore_check_constraints = ON")
         with op.batch_alter_table(table) as batch:
             for name, condition in checks.items():
                 batch.create_check_constraint(op.f(name), _sql(condition))
-        op.execute("PRAGMA ignore_check_constraints = OFF")
         return
     with _committing_each():
         for name, condition in checks.items():
