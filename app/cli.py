@@ -184,6 +184,8 @@ def _session() -> Iterator[Session]:
                 "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0;"
                 " SET LOCAL idle_in_transaction_session_timeout = 0"
             )
+        else:
+            session.connection().exec_driver_sql("PRAGMA foreign_keys = ON")
         # Excludes the objects loaded so far from garbage collection, which took half of an
         # export's time.
         gc.freeze()

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import URL, Engine, text
+from sqlalchemy import URL, Engine, make_url, text
 
 from tests.faults.load import Load
 from tests.servers import Postgres
@@ -186,6 +186,15 @@ def test_a_second_resource_by_the_page(
         "new.csv:3: team_id: Should be the id of an existing team",
         "heroes: nothing was imported",
         "1",
+    ]
+    refused = run(
+        "alembic upgrade head 2> /dev/null && python -m app import new.csv 2>&1 || echo $?",
+        project,
+        make_url(f"sqlite:///{tmp_path}/new.db"),
+    )
+    assert [line[:18] for line in refused.splitlines()[:2]] == [
+        "new.csv:2: team_id",
+        "new.csv:3: team_id",
     ]
     measured = lazy_loading(project, database_url)
     assert measured["control"] > 0.39, "control: a function that blocks stalls the event loop"
