@@ -25,13 +25,14 @@ from sqlmodel import Session
 
 from app import NAME
 from app.db.doctor import findings
-from app.db.engine import sqlstate
+from app.db.engine import is_foreign_key_violation, sqlstate
 from app.db.revisions import Revisions
 from app.errors import ImportRefused, SchemaBehind, WrongDatabase
 from app.heroes import heroes, sample
 from app.settings import from_environment, log_start
 from app.transfer.copy import dump, load
-from app.transfer.formats import Format, Row, encode_rows, read_rows
+from app.transfer.formats import Format, Row, encode_rows, read_numbered_rows, read_rows
+from app.transfer.references import find_unknown_references
 
 _BEHIND = "the schema is behind, run alembic upgrade head"
 
@@ -53,11 +54,23 @@ def import_(
     """Create all heroes of FILE, or none if a line is wrong."""
     file_format = _format(file, file_format)
     with _errors_as_lines(file), _session() as session, _input(file) as (source, size):
-        rows = read_rows(heroes.create_model, source, file_format, gzipped=file.suffix == ".gz")
+        content = (heroes.create_model, source, file_format)
+        gzipped = file.suffix == ".gz"
+        rows = read_rows(*content, gzipped=gzipped)
         start = time.monotonic()
-        with _progress(size) as report:
-            position = source.tell if size else None
-            count = load(session, heroes, _reported(rows, report, position))
+        try:
+            with _progress(size) as report:
+                position = source.tell if size else None
+                count = load(session, heroes, _reported(rows, report, position))
+        except DBAPIError as error:
+            if not (size and is_foreign_key_violation(error.orig)):
+                raise
+            session.rollback()
+            source.seek(0)
+            numbered = read_numbered_rows(*content, gzipped=gzipped)
+            if unknown := find_unknown_references(session, heroes, numbered):
+                raise ImportRefused(unknown) from error
+            raise
         session.commit()
         _summarize("Imported", count, start)
 
@@ -171,6 +184,8 @@ def _session() -> Iterator[Session]:
                 "SET LOCAL lock_timeout = 0; SET LOCAL statement_timeout = 0;"
                 " SET LOCAL idle_in_transaction_session_timeout = 0"
             )
+        else:
+            session.connection().exec_driver_sql("PRAGMA foreign_keys = ON")
         # Excludes the objects loaded so far from garbage collection, which took half of an
         # export's time.
         gc.freeze()
@@ -259,7 +274,7 @@ def _progress(length: int | None) -> Iterator[_Report]:
         def report(count: int, position: int) -> None:
             bar.update(position - bar.pos)
             if not terminal and count % 100_000 == 0:
-                typer.echo(f"{count} {NAME}", err=True)
+                typer.echo(f"{count} rows", err=True)
 
         yield report
 
@@ -276,7 +291,7 @@ def _reported(
 def _summarize(done: str, count: int, start: float) -> None:
     seconds = time.monotonic() - start
     rate = f"{count / seconds:,.0f} per second"
-    typer.echo(f"{done} {count} {NAME} in {seconds:.1f} s, {rate}", err=True)
+    typer.echo(f"{done} {count} rows in {seconds:.1f} s, {rate}", err=True)
 
 
 def main() -> None:

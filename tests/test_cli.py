@@ -56,7 +56,7 @@ def test_files_of_every_format_are_imported_and_exported(
         done = heroes(database_url, "import", tmp_path / name)
         assert done.returncode == 0, done.stderr
         assert done.stdout == b""
-        assert b"Imported 8 heroes in " in done.stderr
+        assert b"Imported 8 rows in " in done.stderr
     assert rows(database) == [tuple(hero.values()) for hero in HEROES] * 4
 
     with service.client() as client:
@@ -67,7 +67,7 @@ def test_files_of_every_format_are_imported_and_exported(
         ):
             done = heroes(database_url, "export", tmp_path / name)
             assert done.returncode == 0, done.stderr
-            assert b"Exported 32 heroes in " in done.stderr
+            assert b"Exported 32 rows in " in done.stderr
             file_format = name.split(".")[1]
             expected = client.get("/heroes/export", params={"format": file_format}).content
             found = read(tmp_path / name)
@@ -189,7 +189,7 @@ def test_an_interrupted_import_writes_nothing(
     assert process.stderr
     process.stdin.write(ndjson(HEROES * 13_000))
     process.stdin.flush()
-    assert process.stderr.readline() == b"100000 heroes\n"  # The import is still running.
+    assert process.stderr.readline() == b"100000 rows\n"  # The import is still running.
     process.send_signal(number)
     process.stdin.close()
     assert process.wait(20) != 0

@@ -11,11 +11,11 @@ from sqlalchemy import URL, Engine, MetaData, bindparam, create_engine, text
 from sqlalchemy.schema import CreateTable
 from sqlmodel import Session, SQLModel, col
 
+from app.base import Row
 from app.db.crud import Crud
 from app.db.database import Database
 from app.db.pagination import Cursor, Page
 from app.errors import NotFound
-from app.models import Row
 from app.transfer.copy import dump, load
 from app.transfer.formats import Format, encode_rows, read_rows
 

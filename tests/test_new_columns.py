@@ -1,8 +1,9 @@
-"""A new column takes an edit of the models and a generated migration, and nothing else."""
+"""docs/add-a-column.md is true: applied to a copy, a new column works everywhere."""
 
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +14,19 @@ import pytest
 from sqlalchemy import URL, Engine, text
 
 from tests.examples import DEADPOND
-from tests.migrations import alembic, copy_project
+from tests.migrations import copy_project
 from tests.processes import uvicorn_process
-from tests.service import environment
+from tests.service import ROOT, environment
+from tests.walks import apply
 
+PAGE = (ROOT / "docs" / "add-a-column.md").read_text()
+ONE, SORT, TYPES = re.split("^## .*", PAGE, flags=re.MULTILINE)[1:]
 KEY = {"Idempotency-Key": "8e03978e"}
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return copy_project(tmp_path)
-
-
-def add_members(project: Path, members: str, imports: str = "") -> None:
-    """Add members to `HeroBase` and `HeroUpdate`, which is all that a new column takes."""
-    models = project / "app" / "models.py"
-    source = models.read_text()
-    member = "    age: Age | None = None\n"
-    assert source.count(member) == 2
-    source = source.replace(member, member + members)
-    models.write_text(source.replace('"""\n', f'"""\n{imports}', 1))
-
-
-def migrate(project: Path, url: URL) -> None:
-    for arguments in (("revision", "--autogenerate", "-m", "New"), ("upgrade", "head"), ("check",)):
-        process = alembic(url, *arguments, root=project)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
 
 
 def command(project: Path, url: URL, *arguments: str, given: bytes = b"") -> bytes:
@@ -60,15 +47,18 @@ def ndjson(content: bytes) -> list[dict[str, Any]]:
 
 
 def test_a_new_column_is_served_everywhere(
-    project: Path, database_url: URL, database: Engine
+    project: Path, database_url: URL, database: Engine, figures: list[str]
 ) -> None:
-    add_members(project, "    power: str | None = None\n")
-    migrate(project, database_url)
+    for name, section in (("a column", ONE), ("its sort key and filter", SORT)):
+        added = apply(section, project, database_url)
+        figures.append(f"add-a-column: {name}: {added.total()} lines; {dict(added)}")
     with uvicorn_process(database_url, project) as service, service.client() as client:
         created = client.post("/heroes/", json=DEADPOND | {"power": "healing"})
         assert created.content == b'{"name":"Deadpond","age":null,"power":"healing","id":1}'
         assert client.get("/heroes/1").json() == created.json()
         assert client.get("/heroes/").json() == [created.json()]
+        assert client.get("/heroes/?sort=-power&power=healing").json() == [created.json()]
+        assert client.get("/heroes/?power=flight").json() == []
         updated = client.patch("/heroes/1", json={"power": "humour"})
         assert updated.json() == created.json() | {"power": "humour"}
         assert client.patch("/heroes/1", json={"age": 3}).json()["power"] == "humour"
@@ -99,12 +89,11 @@ def test_a_new_column_is_served_everywhere(
 
 
 def test_retries_work_across_releases_in_both_directions(project: Path, database_url: URL) -> None:
-    add_members(project, "    power: str | None = None\n")
     body = DEADPOND | {"power": "healing"}  # The previous release ignores the unknown member.
     with uvicorn_process(database_url) as previous, previous.client() as client:
         first = client.post("/heroes/", json=body, headers=KEY)
         assert first.json() == {"name": "Deadpond", "age": None, "id": 1}
-        migrate(project, database_url)
+        apply(ONE, project, database_url)
         with uvicorn_process(database_url, project) as following, following.client() as newer:
             assert_replayed(first, newer.post("/heroes/", json=body, headers=KEY))
             other = {"Idempotency-Key": "other"}
@@ -120,31 +109,6 @@ def assert_replayed(first: httpx2.Response, again: httpx2.Response) -> None:
         assert again.headers[header] == first.headers[header]
 
 
-IMPORTS = """
-import enum
-import datetime
-import decimal
-import uuid
-
-import sqlalchemy
-
-
-class Kind(enum.Enum):
-    HUMAN = "human"
-    MUTANT = "mutant"
-
-"""
-MEMBERS = """\
-    alive: bool | None = None
-    born: datetime.date | None = None
-    fee: decimal.Decimal | None = Field(default=None, max_digits=10, decimal_places=2)
-    kind: Kind | None = Field(default=None, sa_type=sqlalchemy.Enum(Kind, native_enum=False))
-    note: str | None = None
-    ratio: float | None = None
-    seen: datetime.datetime | None = None
-    token: uuid.UUID | None = None
-    wins: int | None = None
-"""
 HEROES: list[dict[str, Any]] = [
     {
         "name": "all",
@@ -158,6 +122,9 @@ HEROES: list[dict[str, Any]] = [
         "seen": "2026-11-25T06:00:00.123456Z",
         "token": "8e03978e-40d5-43dd-bc93-6894a57f9324",
         "wins": -7,
+        "active": False,
+        "level": 0,
+        "rank": "captain",
     },
     {
         "name": "others",
@@ -171,35 +138,50 @@ HEROES: list[dict[str, Any]] = [
         "seen": "1970-01-01T00:00:00Z",
         "token": "00000000-0000-0000-0000-000000000000",
         "wins": 0,
+        "active": True,
+        "level": 7,
+        "rank": "recruit",
     },
     dict.fromkeys(
         ("name", "age", "alive", "born", "fee", "kind", "note", "ratio", "seen", "token", "wins")
     )
-    | {"name": "none"},
+    | {"name": "none", "active": True, "level": 1, "rank": "recruit"},
 ]
 
 
 def test_columns_of_every_type_survive_each_way_in_and_out(
     project: Path, database_url: URL, database: Engine
 ) -> None:
-    add_members(project, MEMBERS, IMPORTS)
+    with database.connect() as connection:
+        connection.execute(text("INSERT INTO hero (name, secret_name) VALUES ('old', 's')"))
+    apply(TYPES, project, database_url)
     resource = project / "app" / "heroes.py"
     keys = ", ".join(f'"{key}", "-{key}"' for key in HEROES[0] if key != "age")
     resource.write_text(resource.read_text().replace('"name", "-name"', keys, 1))
-    migrate(project, database_url)
+    # As the previous release writes: without the new columns.
+    with database.connect() as connection:
+        connection.execute(text("INSERT INTO hero (name, secret_name) VALUES ('previous', 's')"))
+        defaults = text("SELECT active, level, rank FROM hero ORDER BY id")
+        assert connection.execute(defaults).all() == [(True, 1, "recruit")] * 2
+        connection.execute(text("DELETE FROM hero"))
 
     with uvicorn_process(database_url, project) as service, service.client() as client:
         for hero in HEROES:
             created = client.post("/heroes/", json=hero | {"secret_name": "s"})
+            assert created.status_code == 200, created.text
             assert without_id([created.json()]) == [hero]
         assert without_id(client.get("/heroes/").json()) == HEROES
         for key in HEROES[0]:
             for sort in (key, f"-{key}"):
                 assert walk(client, sort) == client.get(f"/heroes/?sort={sort}").json()
-        naive = client.patch("/heroes/1", json={"seen": "2026-11-25T06:00:00"})
+        first = f"/heroes/{client.get('/heroes/').json()[0]['id']}"
+        for name in ("active", "level", "rank"):
+            refused = client.patch(first, json={name: None})
+            assert refused.json()["detail"][0]["loc"] == ["body", name]
+        naive = client.patch(first, json={"seen": "2026-11-25T06:00:00"})
         assert naive.status_code == 422, "a time without a zone cannot be stored"
         if database.dialect.name == "postgresql":
-            assert client.patch("/heroes/1", json={"note": "a\0"}).status_code == 422
+            assert client.patch(first, json={"note": "a\0"}).status_code == 422
         exports = {
             file_format: client.get(f"/heroes/export?format={file_format}").content
             for file_format in ("ndjson", "csv")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 from sqlalchemy import make_url
+from sqlmodel import SQLModel
 
 from app.application import create_app
 from app.db.pagination import Cursor
@@ -38,14 +39,13 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         yield client.get("/openapi.json").json()
 
 
-def test_the_paths_and_operations_are_the_tutorials(schema: dict[str, Any]) -> None:
+def test_the_tutorials_operations_are_part_of_the_document(schema: dict[str, Any]) -> None:
     operations = {
         (path, method): (operation["operationId"], operation["summary"])
         for path, methods in schema["paths"].items()
         for method, operation in methods.items()
     }
-    ours = {("/heroes/export", "get"), ("/heroes/import", "post")}
-    assert {key: operations[key] for key in operations if key not in ours} == TUTORIAL
+    assert operations.items() >= TUTORIAL.items()
 
 
 def has_example(content: dict[str, Any], document: dict[str, Any]) -> bool:
@@ -148,13 +148,23 @@ def satisfy_rules_outside_the_schema(case: Any, number: int) -> None:
         case.query["age_min"] = min(case.query["age_min"], case.query["age_max"])
     if "after" in case.query:
         sort = case.query.get("sort", "id")
-        case.query["after"] = str(Cursor(sort, {"name": "a", "-name": "a"}.get(sort, 5), 5))
+        is_number = sort.removeprefix("-") in ("id", "age")
+        case.query["after"] = str(Cursor(sort, 5 if is_number else "a", 5))
         case.query.pop("offset", None)
     if key := case.headers.get("idempotency-key"):  # A new key, as the body may differ.
         case.headers["idempotency-key"] = f"{number}{key}"[:255]
     case.headers.pop("Content-Encoding", None)
+    if isinstance(case.body, dict):
+        for name in REFERENCES:  # The row that it refers to may not exist.
+            case.body.pop(name, None)
 
 
+REFERENCES = {
+    column.name
+    for table in SQLModel.metadata.tables.values()
+    for column in table.columns
+    if column.foreign_keys
+}
 # The HTTP server refuses bad values of these headers before the service gets a request.
 OF_HTTP = ("Connection", "Content-Length", "Expect", "Host", "Transfer-Encoding", "Upgrade")
 EACH = 150  # For 7 operations and 2 modes: 2,100 requests in total.
@@ -168,7 +178,8 @@ def test_responses_to_generated_requests_conform_to_the_schema(
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{service.port}/openapi.json")
     accepted = ["2xx", "304", "404", "412"]
     schema.config.checks.positive_data_acceptance.expected_statuses = accepted
-    operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
+    of_heroes = schema.include(path_regex="^/heroes/").get_all_operations()
+    operations = [found.ok() for found in of_heroes if isinstance(found, Ok)]
     assert len(operations) == 7
     with requests.Session() as session:
         for operation in operations:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -18,9 +19,12 @@ from app.api.parameters import check_single
 from app.api.spools import SPOOL_TIMEOUT_SECONDS, SpooledResponse, open_spool
 from app.db.crud import Crud, Rows
 from app.db.database import Database
+from app.db.engine import is_foreign_key_violation
 from app.db.pagination import Page
+from app.errors import ImportRefused
 from app.transfer.copy import load
-from app.transfer.formats import Format, encode_rows, read_rows
+from app.transfer.formats import Format, encode_rows, read_numbered_rows, read_rows
+from app.transfer.references import find_unknown_references
 
 MEDIA_TYPES: dict[Format, str] = {
     "ndjson": "application/x-ndjson",
@@ -107,20 +111,24 @@ async def import_rows(request: Request, database: Database, crud: Crud[Any]) -> 
         except TimeoutError:
             detail = f"The body took longer than {SPOOL_TIMEOUT_SECONDS} seconds"
             raise HTTPException(408, detail, {"Connection": "close"}) from None
-        rows = partial(
-            read_rows,
-            *(crud.create_model, spool, file_format),
-            gzipped=gzipped,
-            max_bytes=MAX_IMPORT_BYTES,
-        )
+        content = (crud.create_model, spool, file_format)
+        options: dict[str, Any] = {"gzipped": gzipped, "max_bytes": MAX_IMPORT_BYTES}
+        in_transaction = partial(database.run_in_transaction, timeout=IMPORT_TIMEOUT_SECONDS)
         spool.seek(0)
-        await asyncio.to_thread(deque, rows(), 0)  # Checks every line.
+        await asyncio.to_thread(deque, read_rows(*content, **options), 0)  # Checks every line.
         if await request.is_disconnected():
             raise HTTPException(400, "The client closed the connection")
         spool.seek(0)
-        count = await database.run_in_transaction(
-            load, crud, rows(), timeout=IMPORT_TIMEOUT_SECONDS
-        )
+        try:
+            count = await in_transaction(load, crud, read_rows(*content, **options))
+        except DBAPIError as error:
+            if not is_foreign_key_violation(error.orig):
+                raise
+            spool.seek(0)
+            rows = read_numbered_rows(*content, **options)
+            if unknown := await in_transaction(find_unknown_references, crud, rows):
+                raise ImportRefused(unknown) from error
+            raise
     return JSONResponse({"created": count})
 
 

@@ -10,14 +10,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import iter_route_contexts
+from sqlalchemy import ForeignKeyConstraint
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm.exc import StaleDataError
+from sqlmodel import SQLModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from app import errors
 from app.api.openapi import PROBLEM_JSON
-from app.db.engine import sqlstate
+from app.db.engine import is_foreign_key_violation, sqlstate
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,10 @@ async def _handle_unknown_outcome(request: Request, error: Exception) -> JSONRes
 
 async def _handle_database_error(request: Request, error: Any) -> JSONResponse:
     state = sqlstate(error.orig)
-    response = SQLSTATES.get(state) or SQLSTATES.get(state and state[:2])
+    if is_foreign_key_violation(error.orig):
+        response: ErrorResponse | None = _of_foreign_key(request, error.orig)
+    else:
+        response = SQLSTATES.get(state) or SQLSTATES.get(state and state[:2])
     if response is None:
         raise error
     # Only the primary message: the server's detail quotes the row, secrets included.
@@ -146,6 +151,33 @@ async def _handle_database_error(request: Request, error: Any) -> JSONResponse:
     reason = getattr(diagnostics, "message_primary", None) or str(error.orig)
     logger.warning("%s: %s", response.detail, reason, extra={"sqlstate": state})
     return respond(request, *response)
+
+
+def _of_foreign_key(request: Request, error: Any) -> ErrorResponse:
+    """Return 409 for the delete of a row in use, or 422 for a value that refers to no row.
+
+    The value is wrong like any other invalid value, so the response names its member.
+    """
+    # SQLite does not name the constraint. If there is only one, it is this one.
+    name = getattr(getattr(error, "diag", None), "constraint_name", None)
+    keys = [
+        constraint
+        for table in SQLModel.metadata.tables.values()
+        for constraint in table.constraints
+        if isinstance(constraint, ForeignKeyConstraint) and name in (None, constraint.name)
+    ]
+    key = keys[0] if len(keys) == 1 else None
+    if request.method == "DELETE":
+        rows = f"Rows of the table {key.table.name}" if key else "Rows of another table"
+        return ErrorResponse(409, f"{rows} refer to this row")
+    target = key.referred_table.name if key else "row"
+    member = key.column_keys if key else ()
+    error_of_member = {
+        "type": "foreign_key",
+        "loc": ["body", *member],
+        "msg": f"Should be the id of an existing {target}",
+    }
+    return ErrorResponse(422, [error_of_member])
 
 
 async def _handle_invalid(request: Request, error: Any) -> Response:

@@ -19,9 +19,10 @@ from app.api.parameters import (
     page_of,
 )
 from app.api.responses import create_once, created, many, one
+from app.base import INT4_MAX, Text
 from app.db.operations import delete_row, list_rows, update_row
 from app.heroes import HeroSort, heroes
-from app.models import INT4_MAX, HeroCreate, HeroPublic, HeroUpdate, Text
+from app.models import HeroCreate, HeroPublic, HeroUpdate
 
 router = APIRouter(prefix="/heroes", tags=["heroes"])
 

@@ -6,8 +6,6 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 
-from app import NAME
-
 PROBLEM_JSON = "application/problem+json"
 _INVALID = [{"type": "int_parsing", "loc": ["query", "limit"], "msg": "Input should be a number"}]
 
@@ -87,11 +85,11 @@ HEADERS: dict[str, tuple[str, str | int]] = {
         "8a6b2f0e9c3d4d5f",
     ),
     "ETag": ("The version of the row, for If-Match and If-None-Match", '"1"'),
-    "Location": ("The path of the new row", f"/{NAME}/2"),
+    "Location": ("The path of the new row", "/{table}/2"),
     "Idempotency-Replayed": ("An earlier request with this key created the row", "true"),
-    "Link": ("The next page, if there is one (RFC 8288)", f'</{NAME}/?after=WyJ>; rel="next"'),
+    "Link": ("The next page, if there is one (RFC 8288)", '</{table}/?after=WyJ>; rel="next"'),
     "X-Total-Count": ("The number of rows of all pages, if requested by `total`", 1042),
-    "Content-Disposition": ("A name for the file", f'attachment; filename="{NAME}.csv"'),
+    "Content-Disposition": ("A name for the file", 'attachment; filename="{table}.csv"'),
     "Vary": ("The response depends on the Accept header", "Accept"),
     "Retry-After": ("Seconds after which the client may send the request again", 1),
     "WWW-Authenticate": ("How to authenticate (RFC 6750)", "Bearer"),
@@ -157,7 +155,8 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
     parameters = operation.get("parameters", [])
     statuses = [401, 403] if "security" in operation else []
     statuses += [404] if "{" in path else []
-    statuses += [400, 409, 413] if "requestBody" in operation else []
+    statuses += [400, 413] if "requestBody" in operation else []
+    statuses += [409] if "requestBody" in operation or method == "delete" else []
     headers: list[str] = []
     for parameter in parameters:
         for either in parameter["schema"].pop("anyOf", ()):
@@ -177,19 +176,19 @@ def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
                 PROBLEM_JSON: _content("Problem"),
             }
         own = headers if status < "4" else _ERROR_HEADERS.get(status, [])
-        response["headers"] = _headers(["X-Request-ID", *own])
+        response["headers"] = _headers(["X-Request-ID", *own], path.split("/")[1])
 
 
 def _content(model: str) -> dict[str, Any]:
     return {"schema": {"$ref": _REFERENCE.format(model=model)}}
 
 
-def _headers(names: Iterable[str]) -> dict[str, Any]:
+def _headers(names: Iterable[str], table: str) -> dict[str, Any]:
     return {
         name: {
             "description": description,
             "schema": {"type": "integer" if isinstance(example, int) else "string"},
-            "example": example,
+            "example": example.replace("{table}", table) if isinstance(example, str) else example,
         }
         for name, (description, example) in ((name, HEADERS[name]) for name in names)
     }

@@ -11,6 +11,7 @@ from app.telemetry import metrics
 
 # SQLite's result codes (https://www.sqlite.org/rescode.html) as SQLSTATEs.
 _SQLSTATE_OF_SQLITE = {
+    sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY: "23503",
     sqlite3.SQLITE_BUSY: "55P03",
     sqlite3.SQLITE_LOCKED: "55P03",
     sqlite3.SQLITE_READONLY: "25006",
@@ -36,7 +37,8 @@ def sqlstate(error: BaseException | None) -> str | None:
             return "42P01"
         if str(error).startswith("no such column") or "has no column named" in str(error):
             return "42703"
-        return _SQLSTATE_OF_SQLITE.get(error.sqlite_errorcode & 0xFF, "HY000")
+        code = error.sqlite_errorcode
+        return _SQLSTATE_OF_SQLITE.get(code) or _SQLSTATE_OF_SQLITE.get(code & 0xFF, "HY000")
     state: str | None = getattr(error, "sqlstate", None)
     # psycopg raises InternalError if it cannot make sense of the results of a lost connection.
     lost = psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError
@@ -45,6 +47,11 @@ def sqlstate(error: BaseException | None) -> str | None:
     # A text with NUL, a time without a zone, a number that is too large.
     bad_value = isinstance(error, psycopg.DataError | ValueError | ArithmeticError)
     return "22000" if bad_value else "HY000"
+
+
+def is_foreign_key_violation(error: BaseException | None) -> bool:
+    """Return whether a row refers to a missing row, or a deleted row is still referred to."""
+    return sqlstate(error) in ("23503", "23001")  # 23001 is of ON DELETE RESTRICT.
 
 
 def is_stale_plan(error: BaseException | None) -> bool:

@@ -22,7 +22,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, pool
 from sqlalchemy.exc import DBAPIError
 
-from app import NAME
+from app import MIGRATION_LOCK, NAME
 from app.db.engine import sqlstate
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ STATEMENT_TIMEOUT = "15min"
 # How long a migrator retries to get a lock, and how long it waits for another migrator.
 LOCK_WAIT_SECONDS = 600
 OTHER_MIGRATOR_WAIT_SECONDS = 3600
-# An arbitrary number, which no other application on the database may use.
-_ADVISORY_LOCK = 7_452_308_671
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _DEADLOCK_DETECTED = "40P01"
@@ -86,7 +84,13 @@ def _sqlite_engine(url: URL) -> Engine:
         poolclass=pool.NullPool,
         connect_args={"isolation_level": None, "timeout": LOCK_WAIT_SECONDS},
     )
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A rebuild of a table copies all rows, also those that violate a constraint.
+        connection.exec_driver_sql("PRAGMA ignore_check_constraints = ON")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
     return engine
 
 
@@ -127,7 +131,7 @@ def only_migrator(engine: Engine) -> Iterator[None]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         _refuse_shared_session(connection)
         deadline = time.monotonic() + OTHER_MIGRATOR_WAIT_SECONDS
-        lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=_ADVISORY_LOCK)
+        lock = sa.text("SELECT pg_try_advisory_lock(:key)").bindparams(key=MIGRATION_LOCK)
         is_logged = False
         while not connection.scalar(lock):
             if time.monotonic() > deadline:
@@ -306,12 +310,9 @@ def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> Non
     if not _on_postgresql():
         for name, condition in checks.items():
             _log_violations(table, name, condition, key)
-        # The rebuild copies all rows, also those that violate a constraint.
-        op.execute("PRAGMA ignore_check_constraints = ON")
         with op.batch_alter_table(table) as batch:
             for name, condition in checks.items():
                 batch.create_check_constraint(op.f(name), _sql(condition))
-        op.execute("PRAGMA ignore_check_constraints = OFF")
         return
     with _committing_each():
         for name, condition in checks.items():

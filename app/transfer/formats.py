@@ -37,7 +37,22 @@ def read_rows(
     gzipped: bool = False,
     max_bytes: int | None = None,
 ) -> Iterator[Row]:
+    """Return the rows of `read_numbered_rows` without their lines."""
+    options: dict[str, Any] = {"gzipped": gzipped, "max_bytes": max_bytes}
+    return (row for _, row in read_numbered_rows(model, file, file_format, **options))
+
+
+def read_numbered_rows(
+    model: type[SQLModel],
+    file: IO[bytes],
+    file_format: Format,
+    *,
+    gzipped: bool = False,
+    max_bytes: int | None = None,
+) -> Iterator[tuple[int, Row]]:
     """Return the rows in the file, validated as the model validates the body of a create.
+
+    Each has the number of its line.
 
     After a wrong line no more rows are returned, and the rest of the file is read for more errors.
     Raises `ImportRefused` with the first `MAX_ERRORS`, and `ImportTooLarge` if the file has more
@@ -52,7 +67,7 @@ def read_rows(
                 if len(errors) >= MAX_ERRORS:
                     break
             elif not errors:
-                yield row
+                yield lines.start, row
     except _Unreadable as unreadable:
         errors += unreadable.errors
     if errors:
@@ -165,6 +180,7 @@ class _Lines:
         self._max_bytes = max_bytes
         self._size = 0
         self.number = 0
+        self.start = 0  # The first line of the current row.
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -208,6 +224,7 @@ def _read_ndjson(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineErro
             yield blank
             blank = []
         if len(line) <= MAX_LINE_BYTES:
+            lines.start = lines.number
             yield reader.from_json(lines.number, line)
             continue
         if not line.endswith(b"\n"):
@@ -216,14 +233,14 @@ def _read_ndjson(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineErro
 
 
 def _read_csv(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]:
-    start = size = 0
+    size = 0
 
     def text() -> Iterator[str]:
         nonlocal size
         for line in lines:
             size += len(line)
             if size > MAX_LINE_BYTES:
-                raise _Unreadable(start, "too_long", _TOO_LONG)
+                raise _Unreadable(lines.start, "too_long", _TOO_LONG)
             try:
                 yield line.decode()
             except UnicodeDecodeError:
@@ -232,11 +249,11 @@ def _read_csv(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]
     records = csv.reader(text(), strict=True)
     header: list[str] | None = None
     while True:
-        start, size = lines.number + 1, 0  # A record may have several lines.
+        lines.start, size = lines.number + 1, 0  # A record may have several lines.
         try:
             record = next(records, None)
         except csv.Error as error:
-            raise _Unreadable(start, "csv", f"Should be CSV: {error}") from None
+            raise _Unreadable(lines.start, "csv", f"Should be CSV: {error}") from None
         if header is None:
             header = record or []
             _check_header(header, reader)
@@ -244,9 +261,9 @@ def _read_csv(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]
             return
         elif len(record) != len(header):
             message = f"Should have {len(header)} fields like the header, not {len(record)}"
-            yield [LineError(start, None, "fields", message)]
+            yield [LineError(lines.start, None, "fields", message)]
         else:
-            yield reader.from_csv(start, dict(zip(header, record, strict=True)))
+            yield reader.from_csv(lines.start, dict(zip(header, record, strict=True)))
 
 
 def _check_header(header: list[str], reader: _Reader) -> None:

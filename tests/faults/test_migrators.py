@@ -18,6 +18,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
+from app import MIGRATION_LOCK
 from app.db import migrations
 from tests.examples import DEADPOND
 from tests.migrations import Migrators, alembic, copy_project
@@ -401,7 +402,7 @@ def test_a_migrator_that_waits_for_another_one_logs_it(
     empty_database: URL, outside: Engine
 ) -> None:
     with outside.connect() as other:
-        other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
+        other.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
         process = alembic(empty_database, "upgrade", "head")
         assert process.stdout
         assert any("Another migrator is running" in line for line in process.stdout)
@@ -418,7 +419,7 @@ def test_waits_for_another_migrator_and_for_a_lock_time_out(
     monkeypatch.setattr(migrations, "OTHER_MIGRATOR_WAIT_SECONDS", 1)
     migrating = migrations.engine(empty_database)
     with outside.connect() as other:
-        other.execute(text(f"SELECT pg_advisory_lock({migrations._ADVISORY_LOCK})"))
+        other.execute(text(f"SELECT pg_advisory_lock({MIGRATION_LOCK})"))
         with (
             pytest.raises(CommandError, match="Another migrator has been running"),
             migrations.only_migrator(migrating),
