@@ -16,6 +16,7 @@ from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
+from app.database_url import parse_url
 from app.db.admission import Lane, reads
 from app.db.database import Database
 from app.errors import DatabaseTimeout, DatabaseUnavailable, Overloaded
@@ -108,9 +109,10 @@ def test_with_several_hosts_the_service_connects_to_the_one_that_accepts_writes(
     """A standby is read-only, as these databases are at first."""
     read_only = f"ALTER DATABASE {database_url.database} SET default_transaction_read_only = "
     with network(database_url) as first, network(database_url) as second:
-        url = first.url.set(host=None, port=None).update_query_dict(
+        several = first.url.set(host=None, port=None).update_query_dict(
             {"host": "127.0.0.1,127.0.0.1", "port": f"{first.port},{second.port}"}
         )
+        url = parse_url(several.render_as_string(hide_password=False))
 
         async def work() -> None:
             service = Database(url, pool_size=2, timeout=5)

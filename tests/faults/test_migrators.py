@@ -319,23 +319,32 @@ class Sessions:
 
 
 # A revision after the newest one, so that each release has a newer schema.
-EXPANSION = f"""
+EXPANSION = {
+    "columns": f"""
 import sqlalchemy as sa
 from alembic import op
 
-from app.db.migrations import add_checks, backfill, create_index
-
-revision = "expansion"
+revision = "columns"
 down_revision = "{REVISIONS[-1]}"
 
 
 def upgrade() -> None:
     op.add_column("hero", sa.Column("power", sa.String()))
     op.add_column("hero", sa.Column("level", sa.Integer(), server_default="1", nullable=False))
-    add_checks("hero", {{"hero_level_check": "level > 0"}})
+""",
+    "expansion": """
+from app.db.migrations import add_checks, backfill, create_index
+
+revision = "expansion"
+down_revision = "columns"
+
+
+def upgrade() -> None:
+    add_checks("hero", {"hero_level_check": "level > 0"})
     backfill("hero", "power = 'none'", "power IS NULL", key="id")
     create_index("ix_hero_power", "hero", ["power"])
-"""
+""",
+}
 ARCHIVES = sorted((ROOT / "tests" / "releases").glob("*.tar.gz"))
 RELEASES = {"the tutorial": None} | {each.name.removesuffix(".tar.gz"): each for each in ARCHIVES}
 
@@ -358,7 +367,8 @@ def test_no_request_of_an_earlier_release_fails_during_the_upgrade(
     empty_database: URL, outside: Engine, release: str, tmp_path: Path, figures: list[str]
 ) -> None:
     project = copy_project(tmp_path)
-    (project / "alembic" / "versions" / "expansion.py").write_text(EXPANSION)
+    for name, revision in EXPANSION.items():
+        (project / "alembic" / "versions" / f"{name}.py").write_text(revision)
     with earlier(release, empty_database, tmp_path / "earlier") as (port, session):
         fill(outside, 20_000)
         with Sessions().running(port, session) as sessions:
