@@ -83,7 +83,7 @@ def test_the_wheel_runs_from_any_folder(tmp_path: Path) -> None:
         cwd=tmp_path,
         env=env,
     )
-    assert "Created 3 heroes" in run(site / "bin" / "heroes", "seed", "3", cwd=tmp_path, env=env)
+    assert "Created 3 rows" in run(site / "bin" / "heroes", "seed", "3", cwd=tmp_path, env=env)
     command: list[str | Path] = [
         BIN / "gunicorn",
         "--config",

@@ -68,12 +68,12 @@ class Database:
     """
 
     def __init__(self, url: URL, *, pool_size: int, timeout: float, queue_size: int = 500) -> None:
-        self._timeout = timeout
+        self.timeout = timeout
         self._queue_size = queue_size
         self._all = Lane(pool_size, queue_size)
         self._writes = Lane(pool_size - pool_size // 4, queue_size)
         # Of the calls that wait for a connection.
-        self._timeouts: set[asyncio.Timeout] = set()
+        self.timeouts: set[asyncio.Timeout] = set()
         self._batchers: dict[Callable[..., Any], Batcher[Any, Any]] = {}
         self._pool: ConnectionPool | None = None
         self._spawn: Callable[..., Awaitable[Any]]
@@ -85,13 +85,20 @@ class Database:
             self.engine = self._pool.engine
             self._spawn = greenlet_spawn
 
-    async def run(self, fn: Callable[[Session, *Ts], T], *args: *Ts) -> T:
+    async def run(
+        self,
+        fn: Callable[[Session, *Ts], T],
+        *args: *Ts,
+        timeout: float | None = None,  # noqa: ASYNC109  (The server cancels the statement too.)
+    ) -> T:
         """Run `fn(session, *args)`, which is one statement, in autocommit.
 
-        Raises `Overloaded`, `DatabaseUnavailable`, `DatabaseTimeout`, `OutcomeUnknown`, or the
-        error of SQLAlchemy or `fn`.
+        `timeout` replaces the default timeout, in seconds. Raises `Overloaded`,
+        `DatabaseUnavailable`, `DatabaseTimeout`, `OutcomeUnknown`, or the error of SQLAlchemy or
+        `fn`.
         """
-        result: T = await self._run(self._autocommit, fn, lambda: args, self._timeout)
+        seconds = timeout or self.timeout
+        result: T = await self._run(self._autocommit, fn, lambda: args, seconds)
         return result
 
     async def run_in_transaction(
@@ -107,7 +114,7 @@ class Database:
         standby `fn` runs a second time. Raises the same errors as `run`. On error nothing was
         written, except that after `OutcomeUnknown` the COMMIT may have succeeded.
         """
-        seconds = timeout or self._timeout
+        seconds = timeout or self.timeout
         result: T = await self._run(self._transaction, fn, lambda: args, seconds)
         return result
 
@@ -126,7 +133,7 @@ class Database:
                 fn.__name__,
                 lambda take, seconds: self._run(self._autocommit, fn, lambda: (take(),), seconds),
                 only_reads=only_reads(fn),
-                timeout=self._timeout,
+                timeout=self.timeout,
                 limit=self._queue_size,
             )
             self._batchers[fn] = batcher
@@ -154,7 +161,7 @@ class Database:
     @property
     def waiting(self) -> int:
         """The number of calls that wait for a connection."""
-        return len(self._timeouts)
+        return len(self.timeouts)
 
     async def _run(
         self,
@@ -207,21 +214,21 @@ class Database:
             metrics.operation_duration.observe(time.monotonic() - start)
 
     async def _acquire(self, call: _Call, limit: asyncio.Timeout) -> None:
-        self._timeouts.add(limit)
+        self.timeouts.add(limit)
         try:
             for lane in (self._all,) if call.only_reads else (self._writes, self._all):
-                await lane.enter(self._timeout)
+                await lane.enter(self.timeout)
                 call.lanes.append(lane)
             if self._pool:
                 call.connection = await self._pool.acquire()
         finally:
-            self._timeouts.discard(limit)
+            self.timeouts.discard(limit)
         call.start = time.monotonic()
 
     async def _release(self, call: _Call) -> None:
         # A call with a longer timeout, such as an import, says nothing about the others.
         held = None
-        if call.start and call.seconds <= self._timeout:
+        if call.start and call.seconds <= self.timeout:
             held = time.monotonic() - call.start
         for lane in call.lanes:
             lane.leave(held)
@@ -239,7 +246,7 @@ class Database:
 
     def _end_waiting(self) -> None:
         """End the calls that wait for a connection, because none can be made."""
-        for limit in self._timeouts:
+        for limit in self.timeouts:
             if not limit.expired():
                 limit.reschedule(0)
 
@@ -259,7 +266,7 @@ class Database:
             if call.connection:
                 # Ends the autocommit until the pool gets the connection back.
                 connection.connection.dbapi_connection.autocommit = False  # type: ignore[union-attr]
-                if call.seconds != self._timeout:
+                if call.seconds != self.timeout:
                     milliseconds = max(1, math.ceil((call.deadline - time.monotonic()) * 1000))
                     connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             else:

@@ -1,5 +1,6 @@
 """Operations on a table, as a part of a batch where that is possible."""
 
+import time
 from typing import Any
 
 from sqlmodel import SQLModel
@@ -17,9 +18,12 @@ async def update_row(
 ) -> Record:
     """Change a row in a batch, or alone with If-Match or if it is locked. As `Crud.update`."""
     if if_match is None and changes.model_fields_set:
+        start = time.monotonic()
         record = await database.run_batched(crud.update_many, (row_id, changes))
         if record:
             return record
+        timeout = _remaining(database, start)
+        return await database.run(crud.update, row_id, changes, None, timeout=timeout)
     return await database.run(crud.update, row_id, changes, if_match)
 
 
@@ -27,9 +31,12 @@ async def delete_row(
     database: Database, crud: Crud[Any], row_id: int, if_match: str | None
 ) -> None:
     """Delete a row in a batch, or alone with If-Match or if it is locked. As `Crud.delete`."""
-    if if_match is None and await database.run_batched(crud.delete_many, row_id):
+    if if_match is not None:
+        await database.run(crud.delete, row_id, if_match)
         return
-    await database.run(crud.delete, row_id, if_match)
+    start = time.monotonic()
+    if not await database.run_batched(crud.delete_many, row_id):
+        await database.run(crud.delete, row_id, None, timeout=_remaining(database, start))
 
 
 async def list_rows(database: Database, crud: Crud[Any], page: Page) -> Rows:
@@ -37,3 +44,8 @@ async def list_rows(database: Database, crud: Crud[Any], page: Page) -> Rows:
     if page.offset <= _MAX_BATCHED_OFFSET and not page.filters:
         return await database.run_batched(crud.list_many, page)
     return await database.run(crud.list, page)
+
+
+def _remaining(database: Database, start: float) -> float:
+    """Return the rest of the time of a call: both of its parts together keep to the timeout."""
+    return max(0.001, database.timeout - (time.monotonic() - start))
