@@ -59,7 +59,7 @@ def test_requests_succeed_within_two_seconds_after_a_partition(
     during = load.between(lost_at + 0.5, healed_at - 5.5)
     assert {sample.status for sample in during} == {503}
     slowest = max(load.samples, key=lambda sample: sample.took)
-    assert slowest.took < 7, slowest
+    assert slowest.took < 7.5, slowest  # The timeout and 2 s, and the time of this process.
     first = min(
         s.at + s.took for s in load.samples if s.status == 200 and s.at + s.took > healed_at
     )
