@@ -26,7 +26,7 @@ HEALTHCHECK --interval=5s --timeout=4s --start-period=20s \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health/ready\", timeout=3)"]
 # As the first process and not through a shell, so that a stop reaches it.
 CMD ["gunicorn"]
-# Last, so that a change of the code makes these small layers anew and no other.
+# Last, so that a change of the code makes only these small layers again.
 COPY alembic.ini gunicorn.conf.py ./
 COPY alembic alembic
 COPY app app
