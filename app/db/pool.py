@@ -191,7 +191,9 @@ class ConnectionPool:
                     delay = min(2 * delay, _MAX_RETRY_SECONDS)
         finally:
             for attempt in attempts:
-                attempt.cancel()
+                # It may have ended at the moment when this task was cancelled.
+                if not (attempt.cancel() or attempt.cancelled() or attempt.exception()):
+                    await attempt.result().close()
         raise DatabaseUnavailable("the pool is closed")
 
     def _connected(self, connection: PooledConnection) -> PooledConnection:

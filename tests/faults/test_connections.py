@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psycopg
@@ -19,6 +20,7 @@ from sqlmodel import Session
 from app.database_url import parse_url
 from app.db.admission import Lane, reads
 from app.db.database import Database
+from app.db.pool import ConnectionPool, PooledConnection
 from app.errors import DatabaseTimeout, DatabaseUnavailable, Overloaded
 from app.heroes import heroes
 from app.models import HeroCreate, HeroUpdate
@@ -339,3 +341,28 @@ def test_a_connection_is_kept_for_the_next_caller_when_the_first_has_gone(
 
     with network(database_url, 0.2) as link:
         asyncio.run(work(link.url))
+
+
+def test_a_connection_whose_pool_has_gone_is_closed(
+    database_url: URL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop ends at the moment when the connection is made."""
+    made: list[PooledConnection] = []
+
+    async def work() -> None:
+        pool = ConnectionPool(database_url, 1, 5, lambda: None)
+        connecting = asyncio.create_task(pool._connect())
+        connect_to = PooledConnection.connect_to
+
+        async def connect_and_cancel(address: dict[str, Any]) -> PooledConnection:
+            connection = await connect_to(address)
+            made.append(connection)
+            connecting.cancel()
+            return connection
+
+        monkeypatch.setattr(PooledConnection, "connect_to", connect_and_cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+
+    asyncio.run(work())
+    assert [connection.closed for connection in made] == [True]
