@@ -70,7 +70,12 @@ class Gunicorn:
                 stderr=log,
             )
         self.started = 0
-        self.wait_for_workers(int(env.get("WEB_CONCURRENCY", "2")))
+        try:
+            self.wait_for_workers(int(env.get("WEB_CONCURRENCY", "2")))
+        except BaseException:
+            self._process.terminate()
+            self._process.wait(40)
+            raise
         listening = next(line for line in self.log if "Listening at" in line["message"])
         self.port = int(listening["message"].split(":")[3].split(" ")[0])
 

@@ -121,4 +121,5 @@ def serve(app: Settings | FastAPI, **config: Any) -> Iterator[Service]:
         yield Service(port, server.server_state.connections)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"

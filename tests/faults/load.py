@@ -64,11 +64,13 @@ class Load:
                     self.lost_in_use.append(repr(error))
             self.slowest = max(self.slowest, time.monotonic() - start)
             if connection and not again:
-                connection[1].close()
+                # `close` would wait for the server's own close of a TLS connection, which may come
+                # after the end of the event loop. The socket would then stay open.
+                connection[1].transport.abort()
                 connection = None
             await asyncio.sleep(random.uniform(0, 0.02))
         if connection:
-            connection[1].close()
+            connection[1].transport.abort()
 
     async def _run(self) -> None:
         await asyncio.gather(
@@ -85,4 +87,5 @@ class Load:
             yield self
         finally:
             self._stop = True
-            thread.join(15)
+            thread.join(60)
+            assert not thread.is_alive(), "a request did not end"

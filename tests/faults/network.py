@@ -70,16 +70,21 @@ class _Relay:
         self.is_open.set()
         await self.end.wait()
         listener.close()
+        await asyncio.sleep(0.05)  # Until the handlers of the last connections have started.
+        handlers = asyncio.all_tasks() - {asyncio.current_task()}
+        for handler in handlers:
+            handler.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
         for writer in self.writers:
             writer.transport.abort()
-        await asyncio.sleep(0.05)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         if folder := self.server.query.get("host"):
             opened = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
         else:
             opened = await asyncio.open_connection(self.server.host, self.server.port)
-        self.writers += [writer, opened[1]]
+        self.writers.append(opened[1])
         await asyncio.gather(self._forward(reader, opened[1]), self._forward(opened[0], writer))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,7 +101,7 @@ def network(server: URL, round_trip_seconds: float = 0) -> Iterator[Network]:
     relay = _Relay(server, round_trip_seconds / 2)
     thread = threading.Thread(target=lambda: asyncio.run(relay.run()))
     thread.start()
-    relay.is_open.wait(5)
+    assert relay.is_open.wait(30)
     try:
         yield Network(relay.port, server)
     finally:

@@ -1,10 +1,8 @@
 """Rolling restarts through real proxies, which reuse their connections to the service."""
 
-import asyncio
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import pytest
 from sqlalchemy import URL, Engine, text
 
 from tests.faults.load import Load
+from tests.faults.network import network
 from tests.postgres import docker_answers
 from tests.processes import gunicorn
 
@@ -57,7 +56,7 @@ listen heroes
 """,
 )
 CREATE = '{"name": "Deadpond", "secret_name": "Dive Wilson"}'
-LATENCY_SECONDS = 0.005
+ROUND_TRIP = 0.01  # Seconds.
 
 
 @pytest.fixture
@@ -73,61 +72,6 @@ def proxy(request: pytest.FixtureRequest) -> Proxy:
     if subprocess.run(["docker", "image", "inspect", proxy.image], capture_output=True).returncode:
         pytest.skip(f"needs the image {proxy.image}")
     return proxy
-
-
-class Network:
-    """Forwards bytes to a port with a latency, as between two machines.
-
-    A request is lost if the service closes its connection while the request is on its way. Without
-    a network, this time is too short for a test.
-    """
-
-    def __init__(self, service: int) -> None:
-        self._service = service
-        self._stop = asyncio.Event()
-        self._started = threading.Event()
-        self.port = 0
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                await asyncio.sleep(LATENCY_SECONDS)
-                writer.write(data)
-            await asyncio.sleep(LATENCY_SECONDS)
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._service)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(
-            self._forward(reader, other_writer), self._forward(other_reader, writer)
-        )
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
-        self.port = int(server.sockets[0].getsockname()[1])
-        self._started.set()
-        await self._stop.wait()
-        server.close()
-
-    @contextmanager
-    def running(self) -> Iterator[int]:
-        """Run while the block runs; yield the port."""
-        thread = threading.Thread(target=asyncio.run, args=(self._serve(),), daemon=True)
-        thread.start()
-        assert self._started.wait(5)
-        try:
-            yield self.port
-        finally:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            thread.join(5)
 
 
 def free_port() -> int:
@@ -171,10 +115,15 @@ def running(proxy: Proxy, service: int, folder: Path) -> Iterator[int]:
 def restart_under_load(
     proxy: Proxy, database_url: URL, folder: Path, restarts: int, *arguments: str
 ) -> Load:
+    """Restart the service, which the proxy reaches over a network with a latency.
+
+    A request is lost if the service closes its connection while the request is on its way. Without
+    a network, this time is too short for a test.
+    """
     with (
         gunicorn(database_url, folder, *arguments) as server,
-        Network(server.port).running() as remote,
-        running(proxy, remote, folder) as port,
+        network(URL.create("http", host="127.0.0.1", port=server.port), ROUND_TRIP) as remote,
+        running(proxy, remote.port, folder) as port,
     ):
         load = Load(port, (("POST", "/heroes/", CREATE),))
         with load.running():

@@ -254,8 +254,10 @@ def export(port: int, version: str) -> bytes:
 def test_imports_and_stored_exports_without_space_are_507(
     database_url: URL, database: Engine, tmp_path: Path, disk: Path
 ) -> None:
-    with gunicorn(database_url, tmp_path, TMPDIR=str(disk), WEB_CONCURRENCY="1") as server:
-        client = httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20)
+    with (
+        gunicorn(database_url, tmp_path, TMPDIR=str(disk), WEB_CONCURRENCY="1") as server,
+        httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client,
+    ):
         # The control: this body has space, and so it has after each refused one.
         assert upload(client, DISK_BYTES).status_code == 200
         for more in (1, 5000, DISK_BYTES):  # The first one fails only when the file is flushed.
@@ -275,7 +277,6 @@ def test_imports_and_stored_exports_without_space_are_507(
         streamed = export(server.port, "1.1")
         assert b" 200 " in streamed.splitlines()[0]
         assert len(streamed) > DISK_BYTES
-        client.close()
 
 
 @contextlib.contextmanager
