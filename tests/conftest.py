@@ -1,5 +1,6 @@
 """The databases and the service that tests ask for."""
 
+import gc
 import logging
 import os
 import shutil
@@ -67,6 +68,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _POSTGRES in config.stash:
         config.stash[_POSTGRES].remove()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_garbage() -> Iterator[None]:
+    """Let the last test of each module fail if the module has left a socket or a file open.
+
+    Otherwise a test of a later module would fail. A collection after each test takes minutes.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
