@@ -151,17 +151,23 @@ def test_a_slow_batch_does_not_hold_up_later_calls(database_url: URL, database: 
         with database.connect() as holder, database.connect() as observer:
             holder.execute(text("BEGIN"))
             holder.execute(text("LOCK TABLE hero IN ACCESS EXCLUSIVE MODE"))
-            first = asyncio.create_task(get(service, row.id))
-            await asyncio.sleep(0.1)
-            others = [asyncio.create_task(get(service, row.id)) for _ in range(10)]
-            await asyncio.sleep(0.2)
-            waiting = observer.execute(
-                text(
+
+            def waiting() -> int:
+                statement = text(
                     "SELECT count(*) FROM pg_stat_activity"
                     " WHERE datname = current_database() AND wait_event = 'relation'"
                 )
-            ).scalar_one()
-            assert waiting == 2  # The slow batch, and one for all later calls.
+                return int(observer.execute(statement).scalar_one())
+
+            first = asyncio.create_task(get(service, row.id))
+            await asyncio.sleep(0.1)
+            others = [asyncio.create_task(get(service, row.id)) for _ in range(10)]
+            for _ in range(100):
+                if waiting() == 2:
+                    break
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
+            assert waiting() == 2  # The slow batch, and one for all later calls.
             holder.execute(text("COMMIT"))
         assert await asyncio.gather(first, *others) == [row] * 11
 
