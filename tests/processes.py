@@ -110,7 +110,7 @@ class Gunicorn:
             lambda: sum("startup complete" in line for line in self.lines) >= self.started
         )
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "\n".join(
