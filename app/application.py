@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
+from app.api.direct import DirectRoutes
 from app.api.middleware import BodyLimit, Observe, RootPath
 from app.db.database import Database
 from app.db.revisions import Revisions
@@ -78,6 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
     openapi.customize(app, has_tokens=bool(settings.api_tokens))
     exception_handlers.register(app)
     # The last one is the outermost.
+    if not settings.telemetry:
+        app.add_middleware(DirectRoutes, application=app)
     app.add_middleware(BodyLimit)
     if settings.cors_origins:
         app.add_middleware(

@@ -16,6 +16,7 @@ from sqlmodel import Session, SQLModel
 
 from app.db import etags
 from app.db.admission import reads
+from app.db.fetch import fetch
 from app.db.pagination import (
     LOOK_UP,
     MAX_TEXT_LENGTH,
@@ -80,6 +81,7 @@ class Crud(Generic[Create]):
         self._has_id = row_id == sa.bindparam("row_id", type_=sa.BigInteger)
         self._has_version = self.table.c.version.in_(sa.bindparam("versions", expanding=True))
         self._select = sa.select(*read)
+        self._select_by_id = self._select.where(self._has_id)
         self._insert = sa.insert(self.table).returning(*read)
         self._update = sa.update(self.table).returning(*read)
         # An array on PostgreSQL, a JSON array on SQLite: one parameter for any number of ids.
@@ -95,6 +97,7 @@ class Crud(Generic[Create]):
         self._delete_statement = lru_cache(maxsize=2)(self._build_delete)
         self._update_batch = lru_cache(maxsize=256)(self._build_update_batch)
         self._delete_batch = self._build_delete_batch()
+        self._insert_batch = self._build_insert_batch()
 
     def create(self, session: Session, row: Create) -> Record:
         """Insert the row and return it with its id."""
@@ -103,17 +106,23 @@ class Crud(Generic[Create]):
 
     def create_many(self, session: Session, rows: list[Create]) -> Records:
         """Insert the rows and return them in the same order."""
-        parameters = [row.model_dump() for row in rows]
-        # One INSERT with many VALUES. The database gives out ids in their order, but may return the
-        # rows in another one.
-        return sorted(self._records(session, self._insert, parameters), key=_id)
+        values = [row.model_dump() for row in rows]
+        names = frozenset(self.create_model.model_fields)
+        if self._insert_batch is not None and self._can_batch(session, names):
+            columns = {name: [value[name] for value in values] for name in sorted(names)}
+            found = self._records(session, self._insert_batch, columns)
+        else:
+            inserted = session.connection().execute(self._insert, values).all()
+            found = self._to_records(inserted)
+        # The database gives out ids in the order of the rows, but may return them in another one.
+        return sorted(found, key=_id)
 
     @reads
     def list(self, session: Session, page: Page) -> Rows:
         """Return the rows of the page, at most `page.limit`."""
         parameters = {**page.filters, **self._page_parameters(page)}
         statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
-        rows = session.connection().execute(statement, parameters).all()
+        rows = fetch(session, statement, parameters)
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     @reads
@@ -123,15 +132,23 @@ class Crud(Generic[Create]):
         shapes: dict[Any, list[Page]] = {}
         for page in {page[:-1]: page for page in pages}.values():
             shapes.setdefault((page.sort, page.position), []).append(page)
-        is_postgresql = session.get_bind().dialect.name == "postgresql"
         for (sort, position), same in shapes.items():
-            order = self.orders[sort]
-            is_range = position == "start" or order.by_id or not order.column.nullable
-            if len(same) == 1 or not is_range or position == "after row" or not is_postgresql:
-                found |= {page[:-1]: self.list(session, page) for page in same}
-            else:
+            if len(same) == 1:
+                found[same[0][:-1]] = self.list(session, same[0])
+            elif position == "start" and _is_dense(same):
+                found |= self._list_range(session, same)
+            elif self._can_list_together(session, sort, position):
                 found |= self._list_same(session, same)
+            else:
+                found |= {page[:-1]: self.list(session, page) for page in same}
         return [found[page[:-1]] for page in pages]
+
+    def _list_range(self, session: Session, pages: Sequence[Page]) -> dict[Any, Rows]:
+        """Return the rows of pages that overlap: read each row once, and cut the range."""
+        start = min(page.offset for page in pages)
+        end = max(page.offset + page.limit for page in pages)
+        rows = self.list(session, Page(end - start, start, pages[0].sort))
+        return {page[:-1]: rows[page.offset - start :][: page.limit] for page in pages}
 
     def _list_same(self, session: Session, pages: Sequence[Page]) -> dict[Any, Rows]:
         """Return the rows of pages that differ only in their parameters, by one statement."""
@@ -140,7 +157,7 @@ class Crud(Generic[Create]):
         statement = self._pages_statement(pages[0].sort, pages[0].position)
         found: dict[Any, Rows] = {page[:-1]: [] for page in pages}
         rows_of = list(found.values())
-        for row in session.connection().execute(statement, parameters).all():
+        for row in fetch(session, statement, parameters):
             # The row ends with the number of its page, for which there is no name.
             rows_of[row[-1] - 1].append(dict(zip(self.names, row, strict=False)))
         return found
@@ -154,7 +171,7 @@ class Crud(Generic[Create]):
     @reads
     def get(self, session: Session, row_id: int) -> Record | None:
         """Return the row with this id, or None."""
-        records = self._records(session, self._select.where(self._has_id), {"row_id": row_id})
+        records = self._records(session, self._select_by_id, {"row_id": row_id})
         return records[0] if records else None
 
     @reads
@@ -220,7 +237,7 @@ class Crud(Generic[Create]):
         if not self._can_batch(session, frozenset()):
             return [False] * len(ids)
         parameters = {"ids": list(set(ids))}
-        deleted = dict.fromkeys(session.connection().scalars(self._delete_batch, parameters), True)
+        deleted = {row[0]: True for row in fetch(session, self._delete_batch, parameters)}
         return [deleted.pop(row_id, False) for row_id in ids]
 
     def not_found(self) -> NotFound:
@@ -232,6 +249,13 @@ class Crud(Generic[Create]):
         value = row[self.orders[sort].column.name]
         is_long = isinstance(value, str) and len(value) > MAX_TEXT_LENGTH
         return Cursor(sort, LOOK_UP if is_long else value, row["id"])
+
+    def _can_list_together(self, session: Session, sort: str, position: Position) -> bool:
+        """Return whether `_list_same` can read such pages: each is one range of an index."""
+        order = self.orders[sort]
+        is_range = position == "start" or order.by_id or not order.column.nullable
+        is_postgresql = session.get_bind().dialect.name == "postgresql"
+        return is_range and position != "after row" and is_postgresql
 
     def _order(self, key: str) -> Order:
         name = key.removeprefix("-")
@@ -256,7 +280,9 @@ class Crud(Generic[Create]):
         return Changed(f"The {self.name.lower()} has changed")
 
     def _records(self, session: Session, statement: Any, parameters: Any) -> Records:
-        rows = session.connection().execute(statement, parameters).all()
+        return self._to_records(fetch(session, statement, parameters))
+
+    def _to_records(self, rows: Sequence[Any]) -> Records:
         names, id_index = self.names, self._id_index
         # The row ends with the version, for which there is no name.
         return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
@@ -299,12 +325,7 @@ class Crud(Generic[Create]):
 
     def _lock(self, columns: Mapping[str, Any]) -> sa.CTE:
         """Return the rows of the arrays whose ids exist. They are locked, or left out if locked."""
-        arrays = [sa.bindparam(name, type_=sa.ARRAY(kind)) for name, kind in columns.items()]
-        given = (
-            sa.func.unnest(*arrays)
-            .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
-            .render_derived()
-        )
+        given = _arrays(columns)
         row_id = self.table.c.id
         return (
             sa.select(*given.c)
@@ -328,6 +349,15 @@ class Crud(Generic[Create]):
         values["version"] = self.table.c.version + 1
         return self._update.where(self.table.c.id == locked.c.ids).values(values)
 
+    def _build_insert_batch(self) -> Any:
+        """Return None if only SQLAlchemy can give a column its default: a Python function."""
+        names = sorted(self.create_model.model_fields)
+        others = [column for column in self.table.c if column.name not in names]
+        if any(column.default and not column.server_default for column in others):
+            return None
+        given = _arrays({name: self.table.c[name].type for name in names})
+        return self._insert.from_select(names, sa.select(*given.c), include_defaults=False)
+
     def _build_delete_batch(self) -> sa.sql.dml.ReturningDelete[Any]:
         locked = self._lock({"ids": sa.BigInteger()})
         row_id = self.table.c.id
@@ -335,6 +365,23 @@ class Crud(Generic[Create]):
 
     def _conditions(self, has_versions: bool) -> Sequence[sa.ColumnElement[bool]]:
         return [self._has_id, self._has_version] if has_versions else [self._has_id]
+
+
+def _arrays(columns: Mapping[str, Any]) -> sa.TableValuedAlias:
+    """Return a table whose columns are parameters, each an array of values of its type."""
+    arrays = [sa.bindparam(name, type_=sa.ARRAY(kind)) for name, kind in columns.items()]
+    return (
+        sa.func.unnest(*arrays)
+        .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
+        .render_derived()
+    )
+
+
+def _is_dense(pages: Sequence[Page]) -> bool:
+    """Return whether the range over all pages has no more rows than the pages together."""
+    start = min(page.offset for page in pages)
+    end = max(page.offset + page.limit for page in pages)
+    return end - start <= sum(page.limit for page in pages)
 
 
 def plain_type(annotation: Any) -> Any:

@@ -18,6 +18,7 @@ from sqlmodel import Session
 from app.db.admission import Lane, only_reads
 from app.db.batching import Batcher
 from app.db.engine import is_read_only, is_stale_plan, sqlite_engine
+from app.db.fetch import CONNECTION
 from app.db.pool import ConnectionPool, PooledConnection
 from app.errors import DatabaseTimeout, DatabaseUnavailable, OutcomeUnknown
 from app.telemetry import metrics
@@ -251,7 +252,8 @@ class Database:
                 limit.reschedule(0)
 
     def _autocommit(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
-        with Session(self._bind(call), expire_on_commit=False) as session:
+        info = {CONNECTION: call.connection}
+        with Session(self._bind(call), expire_on_commit=False, info=info) as session:
             self._limit_lock_wait(session, call)
             call.may_have_written = not call.only_reads
             result = fn(session, *args)

@@ -86,7 +86,7 @@ def sqlite_engine(url: URL, pool_size: int, timeout: float) -> Engine:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
 
-    event.listen(engine, "handle_error", count_error)
+    count_errors(engine)
     return engine
 
 
@@ -102,7 +102,15 @@ def convert_prepare_threshold(arguments: dict[str, Any]) -> None:
         arguments["prepare_threshold"] = int(threshold) if threshold.isdecimal() else None
 
 
-def count_error(context: ExceptionContext) -> None:
+def count_error(error: BaseException) -> None:
     """Count a failed statement by the class of its SQLSTATE."""
-    state = sqlstate(context.original_exception)
+    state = sqlstate(error)
     metrics.database_errors.labels(state[:2] if state else "none").inc()
+
+
+def count_errors(engine: Engine) -> None:
+    """Count the failed statements of the engine."""
+
+    @event.listens_for(engine, "handle_error")
+    def count(context: ExceptionContext) -> None:
+        count_error(context.original_exception)

@@ -12,12 +12,12 @@ from typing import Any, Self
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
-from sqlalchemy import URL, Connection, NullPool, event
+from sqlalchemy import URL, Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
 from app import NAME
-from app.db.engine import convert_prepare_threshold, count_error, sqlstate
+from app.db.engine import convert_prepare_threshold, count_errors, sqlstate
 from app.errors import DatabaseUnavailable
 from app.telemetry import metrics
 
@@ -98,7 +98,7 @@ class ConnectionPool:
             # The type needs a query for each new connection, and no column has it.
             use_native_hstore=False,
         ).sync_engine
-        event.listen(self.engine, "handle_error", count_error)
+        count_errors(self.engine)
         self._pool = AsyncConnectionPool(
             connection_class=PooledConnection,
             kwargs={"pool": self},

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from asyncio import TimerHandle
+from typing import Any
 
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -24,6 +25,44 @@ class _HeadTooLarge(Exception):
 
 class _HostMissing(Exception):
     pass
+
+
+class _JoiningTransport:
+    """Sends the head and the body of a response in one system call and one packet.
+
+    uvicorn writes them one after the other, and uvloop sends each write immediately.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send the data together with the next write, or at the end of this turn of the loop."""
+        if self._held:
+            self._transport.write(self._held + data)
+            self._held = b""
+        else:
+            self._held = data
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        """Send the data that is held, then close the connection."""
+        self._flush()
+        self._transport.close()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the number of bytes that have not been sent."""
+        return self._transport.get_write_buffer_size() + len(self._held)
+
+    def _flush(self) -> None:
+        if self._held:
+            self._transport.write(self._held)
+            self._held = b""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -50,7 +89,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        joining: Any = _JoiningTransport(transport, self.loop)
+        super().connection_made(joining)
         self._slow = self.loop.call_later(CLIENT_TIMEOUT_SECONDS, self._close_if_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
