@@ -1,6 +1,7 @@
 """The ways to run data functions, and the limit on every wait."""
 
 import asyncio
+import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,7 @@ from app.db.admission import reads
 from app.db.database import Database
 from app.db.engine import sqlstate
 from app.db.pagination import Page
-from app.errors import Changed, DatabaseTimeout
+from app.errors import Changed, DatabaseTimeout, OutcomeUnknown
 from app.heroes import heroes
 from app.models import Hero, HeroCreate, HeroUpdate
 from tests.service import engine, serve, settings
@@ -198,6 +199,31 @@ def test_a_write_that_was_answered_with_503_is_not_made_afterwards(
                 done = await asyncio.gather(*units, return_exceptions=True)
                 assert all(isinstance(result, Exception) for result in done)
             await asyncio.sleep(1.5)
+
+    asyncio.run(work())
+    assert count(database) == 0
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("run", ["run", "run_in_transaction"])
+def test_a_statement_that_starts_after_its_timeout_does_not_write(
+    database_url: URL, database: Engine, run: str
+) -> None:
+    """A thread may lose the CPU for so long."""
+    has_ended = threading.Event()
+
+    def late(session: Session) -> None:
+        time.sleep(0.8)
+        try:
+            heroes.create(session, HERO)
+        finally:
+            has_ended.set()
+
+    async def work() -> None:
+        async with closing(Database(database_url, pool_size=1, timeout=0.5)) as service:
+            with pytest.raises((DatabaseTimeout, OutcomeUnknown)):
+                await getattr(service, run)(late)
+            assert await asyncio.to_thread(has_ended.wait, 10)
 
     asyncio.run(work())
     assert count(database) == 0

@@ -30,6 +30,9 @@ Item = TypeVar("Item")
 # The extra time to cancel a statement on the server. The connection of a server that does not
 # respond even to that is given up.
 _CANCEL_SECONDS = 0.5
+# SQLite checks the time of a call after so many instructions of its virtual machine. The insert of
+# a row has more.
+_SQLITE_STEPS = 10
 
 
 class _Call:
@@ -61,8 +64,8 @@ class Database:
     Each call ends within its timeout, in seconds: waiting for a connection, for locks and for the
     statements. A call commits before it returns. On PostgreSQL it runs in one greenlet on the event
     loop, and the server cancels it after its timeout. On SQLite it runs in a worker thread, which
-    cannot be cancelled: after its timeout it does not start and waits for no lock, but a commit in
-    progress completes.
+    cannot be cancelled: after its timeout it starts no statement and waits for no lock, but a
+    commit in progress completes.
 
     At most `queue_size` calls wait for a connection. Connections are made on first use, so the
     service starts while the database is down.
@@ -254,7 +257,7 @@ class Database:
     def _autocommit(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
         info = {CONNECTION: call.connection}
         with Session(self._bind(call), expire_on_commit=False, info=info) as session:
-            self._limit_lock_wait(session, call)
+            self._limit_time(session, call)
             call.may_have_written = not call.only_reads
             result = fn(session, *args)
             session.flush()  # Without it, objects added to the session would be lost silently.
@@ -263,7 +266,7 @@ class Database:
     def _transaction(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
         # The caller gets objects after the commit, when they could not be loaded again.
         with Session(self._bind(call), expire_on_commit=False) as session:
-            self._limit_lock_wait(session, call)
+            self._limit_time(session, call)
             connection = session.connection()
             if call.connection:
                 # Ends the autocommit until the pool gets the connection back.
@@ -281,15 +284,18 @@ class Database:
     def _bind(self, call: _Call) -> Engine | Connection:
         return call.connection.bind if call.connection else self.engine
 
-    def _limit_lock_wait(self, session: Session, call: _Call) -> None:
-        """Limit the time that SQLite waits for a lock. The call's thread cannot be cancelled."""
+    def _limit_time(self, session: Session, call: _Call) -> None:
+        """Limit the time of a call on SQLite, whose thread cannot be cancelled."""
         if call.connection:
             return
         driver = session.connection().connection.driver_connection
         assert isinstance(driver, sqlite3.Connection)  # noqa: S101
-        # Ends a little earlier than the caller's timeout. Otherwise the call could get the lock
-        # after its caller has gone, and write.
-        seconds = call.deadline - time.monotonic() - 0.05
+        # Ends a little earlier than the caller's timeout. Otherwise the call could write after its
+        # caller has gone, and the outcome would be unknown.
+        end = call.deadline - min(0.1 * call.seconds, 0.5)
+        seconds = end - time.monotonic()
         if seconds <= 0:
             raise TimeoutError
         driver.execute(f"PRAGMA busy_timeout = {math.ceil(seconds * 1000)}")
+        # A statement that gets its lock, or starts, too late is interrupted before it writes.
+        driver.set_progress_handler(lambda: time.monotonic() > end, _SQLITE_STEPS)
