@@ -225,10 +225,14 @@ class Crud(Generic[Create]):
         if not self._can_batch(session, names):
             return [None] * len(items)
         parameters: dict[str, list[Any]] = {"ids": list(changes)}
+        optional = frozenset(
+            name for name in names if not all(name in change for change in changes.values())
+        )
         for name in names:
             parameters[f"new_{name}"] = [change.get(name) for change in changes.values()]
+        for name in optional:
             parameters[f"has_{name}"] = [name in change for change in changes.values()]
-        records = self._records(session, self._update_batch(names), parameters)
+        records = self._records(session, self._update_batch(names, optional), parameters)
         found = {record.id: record for record in records}
         return [found.pop(row_id, None) for row_id, _ in items]
 
@@ -335,17 +339,16 @@ class Crud(Generic[Create]):
             .cte("locked")
         )
 
-    def _build_update_batch(self, names: frozenset[str]) -> sa.Update:
+    def _build_update_batch(self, names: frozenset[str], optional: frozenset[str]) -> sa.Update:
+        """Return the statement that writes these columns. Not every row has the optional ones."""
         columns: dict[str, Any] = {"ids": sa.BigInteger()}
-        for name in sorted(names):
-            columns |= {f"new_{name}": self.table.c[name].type, f"has_{name}": sa.Boolean()}
+        columns |= {f"new_{name}": self.table.c[name].type for name in sorted(names)}
+        columns |= {f"has_{name}": sa.Boolean() for name in sorted(optional)}
         locked = self._lock(columns)
-        values: dict[str, Any] = {
-            name: sa.case(
-                (locked.c[f"has_{name}"], locked.c[f"new_{name}"]), else_=self.table.c[name]
-            )
-            for name in names
-        }
+        values: dict[str, Any] = {name: locked.c[f"new_{name}"] for name in names}
+        for name in optional:
+            has = locked.c[f"has_{name}"]
+            values[name] = sa.case((has, values[name]), else_=self.table.c[name])
         values["version"] = self.table.c.version + 1
         return self._update.where(self.table.c.id == locked.c.ids).values(values)
 
