@@ -5,13 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
-from app.api.middleware import BodyLimit, Observe, RootPath
+from app.api.middleware import CORS, BodyLimit, Observe, RootPath
 from app.db.database import Database
 from app.db.revisions import Revisions
 from app.settings import Settings
@@ -81,11 +80,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CORS,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=sorted(openapi.HEADERS),
+            expose_headers=sorted({*openapi.HEADERS, "Allow"}),
         )
     app.add_middleware(Observe)
     if settings.root_path:
