@@ -10,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
+from app.api.auth import ReadAccess
 from app.api.middleware import CORS, BodyLimit, Observe, RootPath
 from app.db.database import Database
 from app.db.revisions import Revisions
@@ -67,7 +68,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = database
     app.state.revisions = Revisions.of_the_code()
-    app.include_router(heroes.router, responses=openapi.ERRORS)
+    # Not in the router, where the dependency would cost each request 9 µs without tokens too.
+    needs_token = settings.api_tokens and not settings.api_public_reads
+    access = [ReadAccess] if needs_token else []
+    app.include_router(heroes.router, responses=openapi.ERRORS, dependencies=access)
     app.include_router(health.router)
 
     @app.get("/", include_in_schema=False)

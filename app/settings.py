@@ -106,6 +106,7 @@ class Settings(BaseSettings):
         (),
         description="entries name:scope:sha256 with the scope read or write, separated by commas",
     )
+    api_public_reads: bool = Field(False, description="true or false")
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = Field(
         (),
         description="* or origins like https://app.example.com, without a path and without the"

@@ -258,7 +258,7 @@ def test_defaults_serve_development() -> None:
     assert str(settings.database_url) == "sqlite:///heroes.db"
     assert settings.migration_database_url is None
     assert (settings.database_pool_size, settings.database_timeout) == (16, 5)
-    assert settings.api_tokens == ()
+    assert (settings.api_tokens, settings.api_public_reads) == ((), False)
     assert settings.cors_origins == ()
     assert (settings.root_path, settings.keep_alive_seconds) == ("", 75)
     assert settings.telemetry is False
@@ -382,6 +382,7 @@ WRONG = {
     "an unknown format": ("LOG_FORMAT", "hunter2"),
     "no workers": ("WEB_CONCURRENCY", "0"),
     "a token without a digest": ("API_TOKENS", "hunter2"),
+    "a switch with another value": ("API_PUBLIC_READS", "hunter2"),
     "only separators": ("API_TOKENS", " , "),
     "an origin with a path": ("CORS_ORIGINS", "https://hunter2.example/app"),
     "an origin with a slash at its end": ("CORS_ORIGINS", "https://hunter2.example/"),
