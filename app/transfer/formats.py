@@ -220,7 +220,7 @@ def _read_ndjson(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineErro
     for line in lines:
         if is_blank := len(line) <= MAX_LINE_BYTES and not line.strip():
             blank.append(LineError(lines.number, None, "blank", "Should not be blank"))
-        if len(blank) == MAX_ERRORS or (blank and not is_blank):
+        if blank and (len(blank) == MAX_ERRORS or not is_blank):
             yield blank
             blank = []
         if is_blank:
