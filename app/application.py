@@ -5,14 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from app import NAME, __version__
 from app.api import exception_handlers, health, heroes, openapi
+from app.api.auth import ReadAccess
 from app.api.direct import DirectRoutes
-from app.api.middleware import BodyLimit, Observe, RootPath
+from app.api.middleware import CORS, BodyLimit, Observe, RootPath
 from app.db.database import Database
 from app.db.revisions import Revisions
 from app.settings import Settings
@@ -69,7 +69,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = database
     app.state.revisions = Revisions.of_the_code()
-    app.include_router(heroes.router, responses=openapi.ERRORS)
+    # Not in the router, where the dependency would cost each request 9 µs without tokens too.
+    needs_token = settings.api_tokens and not settings.api_public_reads
+    access = [ReadAccess] if needs_token else []
+    app.include_router(heroes.router, responses=openapi.ERRORS, dependencies=access)
     app.include_router(health.router)
 
     @app.get("/", include_in_schema=False)
@@ -84,11 +87,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            CORS,
             allow_origins=settings.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=sorted(openapi.HEADERS),
+            expose_headers=sorted({*openapi.HEADERS, "Allow"}),
         )
     app.add_middleware(Observe)
     if settings.root_path:

@@ -73,6 +73,8 @@ def _proxies(value: str) -> str:
 
 _DATABASE_URL = "sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 DatabaseURL = Annotated[URL, BeforeValidator(parse_url)]
+# Docker and Kubernetes mount secrets here: a file per variable.
+_SECRETS_FOLDER = "/run/secrets"
 
 
 class Settings(BaseSettings):
@@ -83,6 +85,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_file=".env",
+        secrets_dir=_SECRETS_FOLDER if os.path.isdir(_SECRETS_FOLDER) else None,  # noqa: PTH112
         env_ignore_empty=True,
         enable_decoding=False,  # No value is JSON.
         extra="ignore",
@@ -103,6 +106,7 @@ class Settings(BaseSettings):
         (),
         description="entries name:scope:sha256 with the scope read or write, separated by commas",
     )
+    api_public_reads: bool = Field(False, description="true or false")
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] = Field(
         (),
         description="* or origins like https://app.example.com, without a path and without the"
@@ -142,7 +146,7 @@ def from_environment() -> Settings:
 
     If a value is wrong, the process ends with exit code 2 and one line per variable on stderr: its
     name, the accepted values and, if known, the reason. The line does not contain the value, which
-    may be a password.
+    may be a password. It also ends with one line if a file of settings cannot be read.
     """
     try:
         return Settings()
@@ -154,6 +158,9 @@ def from_environment() -> Settings:
             is_own = wrong["type"] == "value_error"
             reason = wrong["msg"].replace("Value error, ", ": ", 1) if is_own else ""
             sys.stderr.write(f"{NAME}: {field.upper()} must be {accepted}{reason}\n")
+        sys.exit(2)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.stderr.write(f"{NAME}: Could not read the settings: {error}\n")
         sys.exit(2)
 
 

@@ -162,6 +162,7 @@ BOMB = gzip.compress(b" " * 2**20)
 WRONG: dict[str, tuple[dict[str, str], bytes, list[list[Any]]]] = {
     "ndjson blank line": (NDJSON, GOOD_LINE + b"\n" + GOOD_LINE, [[2]]),
     "ndjson blank lines": (NDJSON, b"\n  \r\n" + GOOD_LINE, [[1], [2]]),
+    "ndjson a hundred blank lines": (NDJSON, GOOD_LINE + b"\n" * 999, [[n] for n in range(2, 102)]),
     "ndjson truncated line": (NDJSON, GOOD_LINE + b'{"name": "a", "secret_na', [[2]]),
     "ndjson not an object": (NDJSON, b"[]\n7\nnull\n" + GOOD_LINE, [[1], [2], [3]]),
     "ndjson two objects on one line": (NDJSON, GOOD_LINE.strip() + GOOD_LINE, [[1]]),

@@ -231,7 +231,9 @@ def test_an_invalid_request_is_422_and_names_the_place(
     )
 
 
-def test_writes_need_a_token_if_tokens_are_set(database_url: URL, resource: Resource) -> None:
+def test_reads_and_writes_need_a_token_if_tokens_are_set(
+    database_url: URL, resource: Resource
+) -> None:
     with serve(settings(database_url, api_tokens=TOKENS)) as service, service.client() as client:
 
         def write(**headers: str) -> list[int]:
@@ -249,7 +251,8 @@ def test_writes_need_a_token_if_tokens_are_set(database_url: URL, resource: Reso
         assert write() == [401] * 4
         assert write(**bearer("peek")) == [403] * 4
         assert write(**bearer("open-sesame")) == [200] * 4
-        assert client.get(resource.path).status_code == 200
+        assert client.get(resource.path).status_code == 401
+        assert client.get(resource.path, headers=bearer("peek")).status_code == 200
 
 
 def test_the_openapi_document_has_every_operation(

@@ -175,7 +175,7 @@ def test_a_body_that_depends_on_accept_says_so(client: httpx2.Client) -> None:
 APP = "https://app.example.com"
 EXPOSED = {
     *("etag", "idempotency-replayed", "link", "location", "retry-after", "x-request-id"),
-    *("x-total-count", "content-disposition"),
+    *("x-total-count", "content-disposition", "allow"),
 }
 
 
@@ -218,6 +218,7 @@ def test_a_preflight_of_a_listed_origin_is_allowed(
 def test_another_origin_gets_no_access(browser: httpx2.Client, origin: str) -> None:
     refused = preflight(browser, origin, "GET", "x-request-id")
     assert refused.status_code == 400
+    assert refused.json() == {"detail": "Disallowed CORS origin"}
     assert "access-control-allow-origin" not in refused.headers
     response = browser.get("/heroes/", headers={"Origin": origin})
     assert "access-control-allow-origin" not in response.headers
@@ -237,6 +238,20 @@ def test_a_script_may_read_every_documented_header(browser: httpx2.Client) -> No
         assert set(exposed) >= EXPOSED
         assert "access-control-allow-credentials" not in response.headers
     assert browser.get("/heroes/99").headers["vary"] == "Accept, Origin"
+
+
+def test_a_script_may_read_the_response_to_a_bug(
+    browser: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(heroes, "get_many", bug)
+    response = browser.get("/heroes/1", headers={"Origin": APP})
+    assert response.status_code == 500
+    assert response.json() == {"detail": "Internal Server Error"}
+    assert response.headers["access-control-allow-origin"] == APP
+    assert response.headers["vary"] == "Accept, Origin"
 
 
 def test_every_origin_may_be_allowed(database_url: URL) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,7 +258,7 @@ def test_defaults_serve_development() -> None:
     assert str(settings.database_url) == "sqlite:///heroes.db"
     assert settings.migration_database_url is None
     assert (settings.database_pool_size, settings.database_timeout) == (16, 5)
-    assert settings.api_tokens == ()
+    assert (settings.api_tokens, settings.api_public_reads) == ((), False)
     assert settings.cors_origins == ()
     assert (settings.root_path, settings.keep_alive_seconds) == ("", 75)
     assert settings.telemetry is False
@@ -277,6 +279,53 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(
     monkeypatch.setenv("DATABASE_TIMEOUT", "7")
     settings = Settings()
     assert (settings.database_pool_size, settings.database_timeout) == (3, 7)
+
+
+def test_files_in_the_secrets_folder_are_read_and_the_environment_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "api_tokens").write_text(f"ops:write:{SHA256}\n")
+    (tmp_path / "database_url").write_text("postgresql://u:hunter2@h/db\n")
+    (tmp_path / "database_timeout").write_text("2")
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    monkeypatch.setenv("DATABASE_TIMEOUT", "7")
+    found = from_environment()
+    assert [token.name for token in found.api_tokens] == ["ops"]
+    assert found.database_url.password == "hunter2"
+    assert found.database_timeout == 7
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare, of Linux")
+def test_the_secrets_folder_is_that_of_containers() -> None:
+    read_timeout = "from app.settings import Settings; print(Settings().database_timeout)"
+    script = f"""
+        mount -t tmpfs tmpfs /run || exit 77
+        mkdir /run/secrets && echo 3 > /run/secrets/DATABASE_TIMEOUT
+        exec {sys.executable} -c '{read_timeout}'
+    """
+    found = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if "Operation not permitted" in found.stderr or found.returncode == 77:
+        pytest.skip(f"needs the right to mount: {found.stderr.strip()}")
+    assert found.stdout == "3.0\n", found.stderr
+
+
+def test_a_settings_file_that_cannot_be_read_ends_the_process_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("DATABASE_URL=postgresql://u:hunter2@h/db", "utf-16")
+    with pytest.raises(SystemExit, match="2"):
+        from_environment()
+    said = capsys.readouterr().err
+    assert said.startswith("heroes: Could not read the settings: ")
+    assert said.count("\n") == 1
+    assert "hunter2" not in said
 
 
 def test_any_otel_variable_asks_for_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +382,7 @@ WRONG = {
     "an unknown format": ("LOG_FORMAT", "hunter2"),
     "no workers": ("WEB_CONCURRENCY", "0"),
     "a token without a digest": ("API_TOKENS", "hunter2"),
+    "a switch with another value": ("API_PUBLIC_READS", "hunter2"),
     "only separators": ("API_TOKENS", " , "),
     "an origin with a path": ("CORS_ORIGINS", "https://hunter2.example/app"),
     "an origin with a slash at its end": ("CORS_ORIGINS", "https://hunter2.example/"),

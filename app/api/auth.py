@@ -11,7 +11,7 @@ from app.settings import Settings
 
 
 class BearerToken(HTTPBearer):
-    """Requires a token of `API_TOKENS` with this scope, if any tokens are set.
+    """Requires a token of `API_TOKENS`, if any are set. The scope write includes read.
 
     Sets `request.state.principal` to the token's name. Raises `NotAuthenticated` or
     `NotAuthorized`.
@@ -33,11 +33,12 @@ class BearerToken(HTTPBearer):
         tokens = [token for token in settings.api_tokens if token.digest == digest]
         if not tokens:
             raise NotAuthenticated
-        if self.scope not in (token.scope for token in tokens):
+        if self.scope == "write" and not any(token.scope == "write" for token in tokens):
             raise NotAuthorized
         request.state.principal = tokens[0].name
 
 
+ReadAccess = Security(BearerToken("read"))
 WriteAccess = Security(BearerToken("write"))
 
 

@@ -7,7 +7,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app.api.parameters import DatabaseDep
 from app.db import revisions
-from app.errors import DatabaseTimeout, Draining
+from app.errors import DatabaseTimeout, DatabaseUnavailable, Draining, Overloaded
 from app.telemetry import metrics
 
 # OpenAPI documents only the routes for clients.
@@ -40,7 +40,8 @@ async def prometheus(request: Request, database: DatabaseDep) -> Response:
     code: revisions.Revisions = request.app.state.revisions
     current: set[str] = set()
     if not database.waiting:  # Requests of clients come first.
-        with contextlib.suppress(DatabaseTimeout, DBAPIError):
-            current = await database.run(revisions.current)
+        with contextlib.suppress(DatabaseTimeout, DatabaseUnavailable, Overloaded, DBAPIError):
+            # Shorter than a scrape waits.
+            current = await database.run(revisions.current, timeout=1)
     facts = metrics.Facts(code.head, ",".join(sorted(current)))
     return Response(metrics.exposition(facts), media_type=metrics.CONTENT_TYPE)

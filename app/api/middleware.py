@@ -4,12 +4,14 @@ import asyncio
 import logging
 import re
 import time
-from functools import cache
+from functools import cache, partial
 from random import getrandbits
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.exception_handlers import respond
@@ -86,8 +88,12 @@ class Observe:
             logger.exception("Unhandled exception")
             if status:  # The response has started. Closing the connection marks it as incomplete.
                 raise
-            response = respond(Request(scope), 500, "Internal Server Error")
-            await response(scope, receive, observed)
+            request = Request(scope)
+            response = respond(request, 500, "Internal Server Error")
+            last_send: Send = observed
+            if isinstance(self.app, CORS):  # The exception has passed it.
+                last_send = partial(self.app.send, send=observed, request_headers=request.headers)
+            await response(scope, receive, last_send)
         finally:
             self._active -= 1
             self._entries.append(
@@ -147,6 +153,18 @@ def _client_request_id(scope: Scope) -> str | None:
         if name == b"x-request-id":
             return value.decode() if _REQUEST_ID.fullmatch(value) else None
     return None
+
+
+class CORS(CORSMiddleware):
+    """Starlette's, with a refused preflight in the form of all errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        del response.headers["content-length"], response.headers["content-type"]
+        detail = bytes(response.body).decode()
+        return JSONResponse({"detail": detail}, response.status_code, response.headers)
 
 
 class RootPath:

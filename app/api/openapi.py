@@ -153,7 +153,8 @@ _REFERENCE = "#/components/schemas/{model}"
 
 def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
     parameters = operation.get("parameters", [])
-    statuses = [401, 403] if "security" in operation else []
+    statuses = [401] if "security" in operation else []
+    statuses += [403] if "security" in operation and method != "get" else []
     statuses += [404] if "{" in path else []
     statuses += [400, 413] if "requestBody" in operation else []
     statuses += [409] if "requestBody" in operation or method == "delete" else []

@@ -1,5 +1,6 @@
 """Parameters that the routes of all resources share."""
 
+from collections import Counter
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Path, Request
@@ -85,10 +86,11 @@ def check_single(request: Request) -> None:
     FastAPI would use its last value, and silently ignore a filter.
     """
     names = [name for name, _ in request.query_params.multi_items()]
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+    if len(set(names)) < len(names):
         raise RequestValidationError(
             [
                 {"type": "repeated", "loc": ("query", name), "msg": "Should be given once"}
-                for name in repeated
+                for name, count in Counter(names).items()
+                if count > 1
             ]
         )

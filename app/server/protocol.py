@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import logging
 import sys
 from asyncio import TimerHandle
+from random import getrandbits
 from typing import Any
 
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEAD_FIELDS = 100
@@ -209,9 +213,16 @@ class BoundedProtocol(HttpToolsProtocol):
             # An earlier request on this connection still gets its response, which closes it.
             self.cycle.keep_alive = False
             return
+        # No middleware sees this request.
+        request_id = f"{getrandbits(128):032x}"
+        client = self.client[0] if self.client else None
+        logger.warning(
+            "Refused a request: %s", detail, extra={"client": client, "request_id": request_id}
+        )
         body = json.dumps({"detail": detail}).encode()
         fields = [
             *self.server_state.default_headers,
+            (b"x-request-id", request_id.encode()),
             (b"content-type", b"application/json"),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),

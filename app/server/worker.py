@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -60,8 +61,14 @@ class Worker(UvicornWorker):  # type: ignore[misc]
         "server_header": False,
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any) -> None:
+        *_, cfg, log = args
+        try:
+            tempfile.TemporaryFile(dir=cfg.worker_tmp_dir).close()
+        except OSError as error:  # gunicorn's master would end when it replaces a worker.
+            log.warning("No heartbeat file in %s: %s", cfg.worker_tmp_dir, error)
+            cfg.set("worker_tmp_dir", None)
+        super().__init__(*args)
         # Seconds between heartbeats. The default is half of gunicorn's `timeout`.
         self.config.timeout_notify = 1
         # Seconds that open connections get after draining. gunicorn then kills the worker.

@@ -214,15 +214,17 @@ _TOO_LONG = f"Should have at most {MAX_LINE_BYTES} bytes"
 
 
 def _read_ndjson(lines: _Lines, reader: _Reader) -> Iterator[Row | list[LineError]]:
-    blank: list[LineError] = []  # Blank lines are an error only if another line follows.
+    # A few blank lines are an error only if another line follows. Many would keep the event loop
+    # busy without a row.
+    blank: list[LineError] = []
     for line in lines:
-        if len(line) <= MAX_LINE_BYTES and not line.strip():
+        if is_blank := len(line) <= MAX_LINE_BYTES and not line.strip():
             blank.append(LineError(lines.number, None, "blank", "Should not be blank"))
-            del blank[MAX_ERRORS:]
-            continue
-        if blank:
+        if blank and (len(blank) == MAX_ERRORS or not is_blank):
             yield blank
             blank = []
+        if is_blank:
+            continue
         if len(line) <= MAX_LINE_BYTES:
             lines.start = lines.number
             yield reader.from_json(lines.number, line)

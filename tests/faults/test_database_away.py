@@ -35,6 +35,9 @@ def assert_unavailable(client: httpx2.Client, detail: str = "database") -> None:
         assert detail in response.json()["detail"]
         assert time.monotonic() - start < 6
     assert client.get("/health/live").status_code == 200
+    metrics = client.get("/metrics")
+    assert metrics.status_code == 200
+    assert 'database=""' in metrics.text
 
 
 def test_the_service_uses_a_database_within_a_second_after_it_is_up_again(

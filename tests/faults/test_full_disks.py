@@ -45,7 +45,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system in memory, like `/dev/shm`."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    options = f"size={DISK_BYTES},nr_inodes=100"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if (
         not shutil.which("mount")
         or (error := subprocess.run(mount, capture_output=True)).returncode
@@ -60,6 +61,13 @@ def fill(disk: Path) -> None:
     with (disk / "fill").open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
+
+
+def use_all_inodes(disk: Path) -> None:
+    """Create empty files until the file system has no place for another one."""
+    with contextlib.suppress(OSError):
+        for number in range(1000):
+            (disk / f"empty-{number}").touch()
 
 
 def free(disk: Path) -> None:
@@ -162,6 +170,17 @@ def test_a_full_disk_costs_metrics_and_no_requests(
         request_many_series(server)
         assert counters(server)[LISTS] == 8
         assert not any("SIGBUS" in line for line in server.lines)
+
+
+def test_workers_start_without_a_free_inode_for_their_heartbeat(
+    database_url: URL, tmp_path: Path, disk: Path
+) -> None:
+    with gunicorn_on(disk, database_url, tmp_path, workers=1) as server:
+        use_all_inodes(disk)
+        os.kill(server.pid, signal.SIGTTIN)  # An ended worker would free its inode.
+        server.wait_for_workers(1)
+        assert server.get("/heroes/").status == 200
+        assert any("No heartbeat file in" in line["message"] for line in server.log)
 
 
 def test_without_allocated_blocks_a_full_disk_ends_workers(

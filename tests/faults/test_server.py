@@ -388,6 +388,21 @@ def test_a_head_that_is_too_large_is_refused_with_431(
     }
 
 
+@pytest.mark.parametrize(
+    "sent", [b"\x16\x03\x01 hello\r\n\r\n", HEAD + b"A: b\r\n" * 101 + b"\r\n"]
+)
+def test_the_log_has_the_client_and_the_id_of_a_refused_request(
+    standing_server: Gunicorn, sent: bytes
+) -> None:
+    head = send_raw(standing_server.port, sent).partition(b"\r\n\r\n")[0]
+    fields = dict(line.split(": ") for line in head.decode().split("\r\n")[1:])
+    [logged] = [
+        line for line in standing_server.log if line.get("request_id") == fields["x-request-id"]
+    ]
+    assert logged["client"] == "127.0.0.1"
+    assert logged["message"].startswith("Refused a request: ")
+
+
 def test_a_head_within_the_limits_is_served(standing_server: Gunicorn) -> None:
     close = b"Connection: close\r\n\r\n"
     for fields in (b"A: b\r\n" * 98, b"A: " + b"b" * 31_000 + b"\r\n"):
