@@ -299,7 +299,7 @@ class Crud(Generic[Create]):
 
     def _lock(self, columns: Mapping[str, Any]) -> sa.CTE:
         """Return the rows of the arrays whose ids exist. They are locked, or left out if locked."""
-        arrays = [sa.bindparam(name, type_=sa.ARRAY(kind)) for name, kind in columns.items()]
+        arrays = [sa.bindparam(name, type_=_array(kind)) for name, kind in columns.items()]
         given = (
             sa.func.unnest(*arrays)
             .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
@@ -335,6 +335,13 @@ class Crud(Generic[Create]):
 
     def _conditions(self, has_versions: bool) -> Sequence[sa.ColumnElement[bool]]:
         return [self._has_id, self._has_version] if has_versions else [self._has_id]
+
+
+def _array(kind: Any) -> sa.ARRAY[Any]:
+    """Return the type of an array of these values. A cast to VARCHAR(5)[] would cut a text."""
+    text = getattr(kind, "impl_instance", kind)  # SQLModel's type wraps that of SQLAlchemy.
+    is_text = isinstance(text, sa.String) and not isinstance(text, sa.Enum)
+    return sa.ARRAY(sa.String(collation=text.collation) if is_text else kind)
 
 
 def plain_type(annotation: Any) -> Any:
