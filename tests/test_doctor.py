@@ -30,10 +30,14 @@ GRANTS = """
 """
 
 
-def doctor(url: URL | str) -> tuple[int, list[str], list[str]]:
+def doctor(url: URL | str, **env: str) -> tuple[int, list[str], list[str]]:
     """Run the command; return its exit code and the lines of stdout and stderr."""
     ended = subprocess.run(
-        [BIN / "heroes", "doctor"], capture_output=True, text=True, env=environment(url), timeout=60
+        [BIN / "heroes", "doctor"],
+        capture_output=True,
+        text=True,
+        env=environment(url, **env),
+        timeout=60,
     )
     return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
 
@@ -104,6 +108,18 @@ def test_expressions_are_compared_in_their_meaning(database: Engine, found: Foun
         " CHECK (length(name) BETWEEN 1 AND 200 AND name NOT LIKE '%s : %')",
     )
     assert len(found()) == 1, "control"
+
+
+@postgresql_only
+def test_a_locked_table_is_not_checked(services_url: URL, database: Engine) -> None:
+    run(database, "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check")
+    run(database, "ALTER TABLE hero ADD CONSTRAINT c CHECK (age > 0) NOT VALID")
+    with database.connect() as connection:
+        connection.exec_driver_sql("BEGIN; LOCK TABLE hero")
+        code, lines, _ = doctor(services_url, DATABASE_TIMEOUT="0.5")
+        connection.exec_driver_sql("ROLLBACK")
+    assert code == 1
+    assert "not checked: canceling statement due to lock timeout" in lines
 
 
 @sqlite_only

@@ -195,7 +195,7 @@ def findings(session: Session) -> Iterator[str]:
 
 
 def _reported(lines: Iterator[str]) -> Iterator[str]:
-    """Add the error of a query that the role may not run, or not for so long, to the findings."""
+    """Add the error of a query to the findings, if the role may not run it, or not for so long."""
     try:
         yield from lines
     except DBAPIError as error:

@@ -52,7 +52,7 @@ def engine(url: URL) -> Engine:
     """Return the engine for migrations. Its sessions start with the timeouts above.
 
     With an empty `?options=` in the URL, they start with the timeouts of their role instead, as
-    `postgresql_engine` documents.
+    `app.db.pool.ConnectionPool` documents.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url)
