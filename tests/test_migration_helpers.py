@@ -1,4 +1,4 @@
-"""What the helpers of migrations report, and which tables and texts they take."""
+"""Violations that the helpers of migrations log, and the tables and texts that they accept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
