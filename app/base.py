@@ -2,8 +2,10 @@
 
 from contextlib import suppress
 from decimal import Decimal
+from enum import Enum
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 from pydantic import BeforeValidator, GetCoreSchemaHandler, StringConstraints
 from pydantic_core import PydanticCustomError
 from sqlalchemy import (
@@ -54,7 +56,8 @@ def _complete(table: Table, metadata: MetaData) -> None:
         with suppress(NoReferenceError):
             foreign_key.parent.type = foreign_key.column.type
     unique = [each for each in table.constraints if isinstance(each, UniqueConstraint)]
-    keys: list[Any] = [table.primary_key, *unique, *table.indexes]
+    whole = [index for index in table.indexes if not is_partial(index)]
+    keys: list[Any] = [table.primary_key, *unique, *whole]
     indexed = [list(each.columns) for each in keys]
     for constraint in table.foreign_key_constraints:
         columns = list(constraint.columns)
@@ -62,12 +65,20 @@ def _complete(table: Table, metadata: MetaData) -> None:
             Index(None, *columns)
     for column in table.columns:
         default = getattr(column.default, "arg", None)
+        if isinstance(default, Enum):
+            # A column of SQLAlchemy's Enum stores another text, such as the name of the member.
+            default = None if isinstance(column.type, sa.Enum) else default.value
         if not column.nullable and column.server_default is None:
             # SQLite has no true, but both databases read '1' as one.
             if isinstance(default, bool):
                 default = int(default)
             if isinstance(default, str | int | float | Decimal):
                 column.server_default = DefaultClause(str(default))
+
+
+def is_partial(index: Index) -> bool:
+    """Return whether the index has only some of the rows, so that it does not find all."""
+    return any(options.get("where") is not None for options in index.dialect_options.values())
 
 
 # PostgreSQL cannot store NUL in text. The pattern also makes pydantic refuse lone surrogates,

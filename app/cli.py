@@ -34,6 +34,8 @@ from app.transfer.copy import dump, load
 from app.transfer.formats import Format, Row, encode_rows, read_numbered_rows, read_rows
 from app.transfer.references import find_unknown_references
 
+# `doctor` reads a whole table if it counts rows.
+_DOCTOR_STATEMENT_SECONDS = 60
 _BEHIND = "the schema is behind, run alembic upgrade head"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -114,7 +116,7 @@ def doctor() -> None:
     found = False
     with (
         _errors_as_lines(database_failed=2),
-        _engine() as engine,
+        _engine(_DOCTOR_STATEMENT_SECONDS) as engine,
         Session(engine.execution_options(isolation_level="AUTOCOMMIT")) as session,
     ):
         for finding in findings(session):
@@ -193,15 +195,23 @@ def _session() -> Iterator[Session]:
 
 
 @contextmanager
-def _engine() -> Iterator[Engine]:
-    """Yield an engine for the service's database."""
+def _engine(statement_seconds: int | None = None) -> Iterator[Engine]:
+    """Yield an engine for the service's database, with a limit on the time of each statement.
+
+    A limited statement waits for its lock no longer than a call of the service.
+    """
     settings = from_environment()
     log_start(settings.database_url)
-    postgresql = {
+    postgresql: dict[str, str | int] = {
         "application_name": NAME,
         "client_encoding": "utf8",
         "connect_timeout": math.ceil(settings.database_timeout),
     }
+    if statement_seconds:
+        postgresql["options"] = (
+            f"-c statement_timeout={statement_seconds}s"
+            f" -c lock_timeout={math.ceil(settings.database_timeout * 1000)}"
+        )
     url = settings.database_url
     is_sqlite = url.get_backend_name() == "sqlite"
     defaults = {"timeout": settings.database_timeout} if is_sqlite else postgresql

@@ -250,6 +250,10 @@ REFUSED = (
     draw: float = Field(sa_column_kwargs={"server_default": func.random()})
 
 
+class Far(Row, table=True):
+    __table_args__ = ({"schema": "elsewhere"},)
+
+
 class HeroPublic""",
     ),
     ("    name: Text = Field(sa_type=String)\n", ""),
@@ -268,6 +272,7 @@ def test_operations_without_a_safe_form_are_refused_in_one_line(
     assert "Traceback" not in run.output
     [line] = [line for line in run.output.splitlines() if line.startswith("FAILED: ")]
     assert 'hero.kind is a native enum (see "Enum")' in line
+    assert "the table elsewhere.far has a schema" in line
     assert 'hero.born is NOT NULL without a server default (see "Add a column")' in line
     assert "hero.draw has the default random(), which may rewrite the table" in line
     assert 'changing the type of hero.secret_name to Integer() (see "Change a type")' in line
@@ -301,10 +306,75 @@ def test_a_drop_is_generated_with_a_reason_and_can_be_downgraded(
     assert run.returncode == 0, run.output
 
 
+DEFAULTS = (
+    ("from sqlalchemy import ", "import datetime\n\nfrom sqlalchemy import JSON, func, "),
+    (
+        "    secret_name: str\n\n\nclass HeroPublic",
+        """    secret_name: str
+    quoted: str = "it's 100%"
+    lines: str = "a\\nb"
+    empty: str = ""
+    made: datetime.datetime = Field(sa_column_kwargs={"server_default": func.now()})
+    settings: str = Field(sa_type=JSON, sa_column_kwargs={"server_default": '{"a": 1}'})
+
+
+class HeroPublic""",
+    ),
+)
+
+
+def test_a_default_of_any_kind_is_added_to_rows_and_is_no_difference_afterwards(
+    project: Path, database_url: URL, database: Engine
+) -> None:
+    insert(database)
+    edit(project, *DEFAULTS)
+    to_head = ["upgrade", "head"]
+    run = alembic(project, database_url, generate("Defaults"), to_head, ["check"])
+    assert run.returncode == 0, run.output
+    with database.connect() as connection:
+        found = connection.execute(text("SELECT quoted, lines, made IS NULL FROM hero")).all()
+    assert {tuple(row) for row in found} == {("it's 100%", "a\nb", False)}
+    edit(project, ("it's 100%", "it's 50%"), ('{"a": 1}', '{"a": 2}'))
+    run = alembic(project, database_url, generate("Others"), to_head, ["check"])
+    assert run.returncode == 0, run.output
+    assert len(body(project, SECOND)) == 2, "both changes are seen"
+    run = alembic(project, database_url, ["downgrade", HEAD], to_head, ["check"])
+    assert run.returncode == 0, run.output
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_colon_in_an_expression_stays_a_colon(
+    project: Path, database_url: URL, database: Engine
+) -> None:
+    edit(
+        project,
+        ("from sqlalchemy import ", "from sqlalchemy import text, "),
+        (
+            '        Index("ix_hero_name_id"',
+            """        CheckConstraint(r"name <> '\\:x'", name="one"),
+        CheckConstraint("name <> ':y'", name="two"),
+        Index("ix_colon", text(r"(name || '\\:x')"), postgresql_where=text(r"name > '\\:z'")),
+        Index("ix_hero_name_id\"""",
+        ),
+    )
+    to_head = ["upgrade", "head"]
+    run = alembic(project, database_url, generate("C"), to_head)
+    assert run.returncode == 0, run.output
+    definitions = (
+        "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname IN"
+        " ('hero_one_check', 'hero_two_check')"
+        " UNION ALL SELECT pg_get_indexdef('ix_colon'::regclass)"
+    )
+    with database.connect() as connection:
+        found = str(connection.scalars(text(definitions.replace(":", "\\:"))).all())
+    assert all(f"'{colon}'" in found for colon in (":x", ":y", ":z")), found
+    assert "\\" not in found
+
+
 def test_longer_text_is_a_change_of_the_catalogue_only(project: Path, database_url: URL) -> None:
     short = "sa_type=String(40)"
     edit(project, ("    secret_name: str\n\n\nclass", "    secret_name: str = _N\n\n\nclass"))
-    edit(project, ("Age =", f"_N = Field({short})\nAge ="))
+    edit(project, ("Age =", f"from sqlalchemy import CHAR\n\n_N = Field({short})\nAge ="))
     run = alembic(project, database_url, generate("# safe: a test"), ["upgrade", "head"])
     assert run.returncode == 0, run.output
     edit(project, (short, "sa_type=String(50)"))
@@ -314,6 +384,12 @@ def test_longer_text_is_a_change_of_the_catalogue_only(project: Path, database_u
         'with op.batch_alter_table("hero", schema=None) as batch_op:'
         ' batch_op.alter_column("secret_name", type_=sa.String(length=50))'
     ]
+    # PostgreSQL rewrites the table for the one, and builds the indexes again for the other.
+    for other in ("CHAR(60)", "String(60, collation='C')"):
+        edit(project, ("sa_type=String(50)", f"sa_type={other}"))
+        run = alembic(project, database_url, generate("Other"))
+        assert "changing the type of hero.secret_name" in run.output
+        edit(project, (f"sa_type={other}", "sa_type=String(50)"))
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)

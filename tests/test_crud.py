@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Engine, MetaData, bindparam, create_engine, text
+from sqlalchemy import CHAR, URL, Engine, MetaData, String, bindparam, create_engine, text
+from sqlalchemy.exc import DataError
 from sqlalchemy.schema import CreateTable
-from sqlmodel import Session, SQLModel, col
+from sqlmodel import Field, Session, SQLModel, col
 
 from app.base import Row
 from app.db.crud import Crud
 from app.db.database import Database
+from app.db.operations import update_row
 from app.db.pagination import Cursor, Page
 from app.errors import NotFound
 from app.transfer.copy import dump, load
@@ -158,4 +160,48 @@ def test_concurrent_creates_of_one_table_share_a_statement(empty_database: URL) 
 
         assert asyncio.run(work()) == list(range(10))
         assert connection.scalar(text('SELECT count(*) FROM "order"')) == 10
+    engine.dispose()
+
+
+class BadgeBase(SQLModel):
+    name: str = Field(sa_type=String(5))
+    code: str | None = Field(default=None, sa_type=CHAR(5))
+
+
+class Badge(BadgeBase, Row, table=True):
+    pass
+
+
+class BadgePublic(BadgeBase):
+    id: int
+
+
+class BadgeUpdate(SQLModel):
+    name: str | None = None
+    code: str | None = None
+
+
+badges = Crud(Badge, public=BadgePublic, create=BadgeBase, sorts=(), filters={})
+SQLModel.metadata.remove(badges.table)
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_batch_does_not_cut_a_text_that_is_too_long_for_its_column(empty_database: URL) -> None:
+    """PostgreSQL refuses it in an INSERT or UPDATE, but a cast to VARCHAR(5) cuts it."""
+    engine: Engine = create_engine(empty_database, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(CreateTable(badges.table.to_metadata(MetaData())))
+
+    async def work() -> None:
+        service = Database(empty_database, pool_size=2, timeout=5)
+        try:
+            await service.run(badges.create, BadgeBase(name="a"))
+            for change in (BadgeUpdate(name="too long"), BadgeUpdate(code="too long")):
+                with pytest.raises(DataError):
+                    await update_row(service, badges, 1, change, None)
+            assert (await update_row(service, badges, 1, BadgeUpdate(code="x"), None)).version == 2
+        finally:
+            await service.close()
+
+    asyncio.run(work())
     engine.dispose()

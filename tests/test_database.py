@@ -229,6 +229,42 @@ def test_a_statement_that_starts_after_its_timeout_does_not_write(
     assert count(database) == 0
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_transaction_that_outlasts_its_timeout_is_rolled_back(
+    database_url: URL, database: Engine
+) -> None:
+    """Its thread cannot be cancelled, and its caller has been told that nothing was written."""
+
+    def slow(session: Session) -> None:
+        heroes.create(session, HERO)
+        time.sleep(0.6)
+
+    async def work() -> None:
+        async with closing(Database(database_url, pool_size=1, timeout=0.4)) as service:
+            with pytest.raises(DatabaseTimeout):
+                await service.run_in_transaction(slow)
+            await asyncio.sleep(0.6)
+
+    asyncio.run(work())
+    assert count(database) == 0
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_a_transaction_of_reads_has_no_unknown_outcome(database_url: URL, database: Engine) -> None:
+    @reads
+    def lose(session: Session) -> None:
+        pid = session.connection().scalar(text("SELECT pg_backend_pid()"))
+        with database.connect() as connection:
+            connection.execute(text(f"SELECT pg_terminate_backend({pid}, 5000)"))
+
+    async def work() -> None:
+        async with closing(Database(database_url, pool_size=1, timeout=5)) as service:
+            with pytest.raises(DBAPIError):
+                await service.run_in_transaction(lose)
+
+    asyncio.run(work())
+
+
 def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> None:
     async def work() -> float:
         async with closing(Database(database_url, pool_size=1, timeout=0.3)) as database:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine, text
-from sqlmodel import Session
+from sqlalchemy import URL, Column, Engine, ForeignKey, Table, create_engine, text
+from sqlmodel import Session, SQLModel
 
 from app.db.doctor import findings
 from app.db.revisions import Revisions
@@ -30,10 +30,14 @@ GRANTS = """
 """
 
 
-def doctor(url: URL | str) -> tuple[int, list[str], list[str]]:
+def doctor(url: URL | str, **env: str) -> tuple[int, list[str], list[str]]:
     """Run the command; return its exit code and the lines of stdout and stderr."""
     ended = subprocess.run(
-        [BIN / "heroes", "doctor"], capture_output=True, text=True, env=environment(url), timeout=60
+        [BIN / "heroes", "doctor"],
+        capture_output=True,
+        text=True,
+        env=environment(url, **env),
+        timeout=60,
     )
     return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
 
@@ -104,6 +108,30 @@ def test_expressions_are_compared_in_their_meaning(database: Engine, found: Foun
         " CHECK (length(name) BETWEEN 1 AND 200 AND name NOT LIKE '%s : %')",
     )
     assert len(found()) == 1, "control"
+
+
+@postgresql_only
+def test_a_locked_table_is_not_checked(services_url: URL, database: Engine) -> None:
+    run(database, "ALTER TABLE hero DROP CONSTRAINT hero_age_not_negative_check")
+    run(database, "ALTER TABLE hero ADD CONSTRAINT c CHECK (age > 0) NOT VALID")
+    with database.connect() as connection:
+        connection.exec_driver_sql("BEGIN; LOCK TABLE hero")
+        code, lines, _ = doctor(services_url, DATABASE_TIMEOUT="0.5")
+        connection.exec_driver_sql("ROLLBACK")
+    assert code == 1
+    assert "not checked: canceling statement due to lock timeout" in lines
+
+
+@sqlite_only
+def test_tables_that_refer_to_each_other_are_no_warning(found: Found) -> None:
+    lair = Table("lair", SQLModel.metadata, Column("villain_id", ForeignKey("villain.id")))
+    villain = Table("villain", SQLModel.metadata, Column("id", ForeignKey("lair.villain_id")))
+    try:
+        # pytest turns warnings into errors.
+        assert found() == ["the table lair is missing", "the table villain is missing"]
+    finally:
+        SQLModel.metadata.remove(lair)
+        SQLModel.metadata.remove(villain)
 
 
 def test_a_database_that_cannot_be_reached_ends_the_command_with_2(tmp_path: Path) -> None:

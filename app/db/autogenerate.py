@@ -21,6 +21,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy.exc import ProgrammingError
 
+from app.db.drift import LITERALLY
 from app.db.engine import sqlstate
 
 _INSUFFICIENT_PRIVILEGE = "42501"
@@ -99,12 +100,13 @@ def _divide(operations: list[ops.MigrateOperation]) -> list[list[ops.MigrateOper
 
     New tables and columns come first, drops last. An index of a new table is part of its creation.
     """
-    first, helped, drops = [], [], []
+    first: list[ops.MigrateOperation] = []
+    helped: list[ops.MigrateOperation] = []
+    drops: list[ops.MigrateOperation] = []
     created = {each.table_name for each in operations if isinstance(each, ops.CreateTableOp)}
-    dropped = {each.table_name for each in operations if isinstance(each, ops.DropTableOp)}
     for operation in operations:
         table = getattr(operation, "table_name", None) or getattr(operation, "source_table", None)
-        if isinstance(operation, ops.DropTableOp | ops.DropColumnOp) or table in dropped:
+        if isinstance(operation, ops.DropColumnOp):
             drops.append(operation)
         elif _has_helper(operation) and table not in created:
             helped.append(operation)
@@ -132,7 +134,11 @@ def _script(
 
 
 def _in_batch(operation: ops.MigrateOperation) -> ops.MigrateOperation:
-    """Change an existing column in batch mode, without which SQLite cannot."""
+    """Make a change in batch mode, without which SQLite cannot: it rebuilds the table."""
+    if isinstance(operation, ops.AddColumnOp):
+        default = operation.column.server_default
+        is_constant = default is None or isinstance(getattr(default, "arg", None), str)
+        return operation if is_constant else ops.ModifyTableOps(operation.table_name, [operation])
     if not isinstance(operation, ops.AlterColumnOp):
         return operation
     operation.existing_type = operation.existing_nullable = operation.existing_comment = None
@@ -146,6 +152,9 @@ def _in_batch(operation: ops.MigrateOperation) -> ops.MigrateOperation:
 def _refusal(operation: ops.MigrateOperation) -> str | None:
     """Return why an operation is refused, with the name of the recipe; None if it is not."""
     match operation:
+        case ops.CreateTableOp(schema=str()):
+            name = f"{operation.schema}.{operation.table_name}"
+            return f"the table {name} has a schema, which the helpers and later comparisons ignore"
         case ops.CreateTableOp():
             refused = (_native_enum(operation.table_name, each) for each in operation.columns)
             return next(filter(None, refused), None)
@@ -156,8 +165,6 @@ def _refusal(operation: ops.MigrateOperation) -> str | None:
                 f'dropping {operation.table_name}.{operation.column_name} (see "Drop a column",'
                 ' or "Rename a column")'
             )
-        case ops.DropTableOp():
-            return f'dropping {operation.table_name} (see "Drop a column")'
         case ops.AlterColumnOp(modify_type=new) if new is not None:
             if not _is_wider(operation.existing_type, new):
                 name = f"{operation.table_name}.{operation.column_name}"
@@ -194,13 +201,15 @@ def _is_wider(old: Any, new: Any) -> bool:
     """Return whether PostgreSQL changes the type in its catalogue only: text that may be longer."""
     if not (_is_text(old) and _is_text(new)):
         return False
-    return new.length is None or (old.length is not None and old.length <= new.length)
+    # A column of another collation has its indexes built again.
+    is_longer = new.length is None or (old.length is not None and old.length <= new.length)
+    return is_longer and old.collation == new.collation
 
 
 def _is_text(type_: Any) -> bool:
-    # SQLModel's type for text wraps that of SQLAlchemy.
+    # SQLModel's type for text wraps that of SQLAlchemy. CHAR stores spaces up to its length.
     type_ = getattr(type_, "impl_instance", type_)
-    return isinstance(type_, sa.String) and not isinstance(type_, sa.Enum)
+    return isinstance(type_, sa.String) and not isinstance(type_, sa.Enum | sa.CHAR)
 
 
 def compare_type(_: Any, __: Any, ___: Any, found: Any, expected: Any) -> bool | None:
@@ -236,13 +245,18 @@ def _code(value: object) -> str:
     if isinstance(value, sa.Column):
         return repr(str(value.name))
     if isinstance(value, sa.ClauseElement):
-        return f"sa.text({_sql(value)!r})"
+        # A colon would begin a parameter.
+        return f"sa.text({_PARAMETER.sub(_ESCAPED, _sql(value))!r})"
     return repr(str(value) if isinstance(value, str) else value)
+
+
+_PARAMETER = sa.TextClause._bind_params_regex
+_ESCAPED = r"\\:\1"
 
 
 def _sql(expression: Any) -> str:
     if isinstance(expression, sa.TextClause):
-        return expression.text
+        return expression.text.replace(r"\:", ":")
     options = {"literal_binds": True, "include_table": False}
     return str(expression.compile(compile_kwargs=options))
 
@@ -344,6 +358,31 @@ class _Postgresql(PostgresqlImpl):
         found = connection.scalar(_CONDITION, named)
         return _compared(found, expected)
 
+    def compare_server_default(
+        self, inspector_column: Any, metadata_column: Any, expected: Any, found: Any
+    ) -> bool:
+        """Compare the defaults as PostgreSQL writes them. Alembic has it compare their values.
+
+        That fails for quotes in a text, and for types that have no =, such as json.
+        """
+        if expected is None or found is None or found.startswith("nextval("):
+            different: bool = super().compare_server_default(  # type: ignore[no-untyped-call]
+                inspector_column, metadata_column, expected, found
+            )
+            return different
+        type_ = inspector_column.type.compile(self.dialect)
+        default = _default_of(self.dialect, metadata_column)
+        return self._printed(f"CAST({default} AS {type_})") != self._printed(
+            f"CAST({found} AS {type_})"
+        )
+
+    def _printed(self, expression: str) -> str:
+        """Return the expression as PostgreSQL plans it. The statement does not run."""
+        assert self.connection  # noqa: S101
+        explain = f"EXPLAIN (VERBOSE, FORMAT JSON) SELECT {expression}"
+        result = self.connection.exec_driver_sql(explain, execution_options=LITERALLY)
+        return str(result.scalar_one()[0]["Plan"]["Output"])
+
 
 class _SQLite(SQLiteImpl):
     __dialect__ = "sqlite"
@@ -361,9 +400,19 @@ class _SQLite(SQLiteImpl):
     def compare_server_default(
         self, inspector_column: Any, metadata_column: Any, expected: Any, found: Any
     ) -> bool:
-        """Compare as Alembic does, which would not recognize the empty text."""
-        found = "" if found == "('')" else found
+        """Compare as Alembic does, which would not recognize an empty text, quotes or lines."""
+        if found and re.sub(r"^\((.*)\)$", r"\1", found, flags=re.DOTALL) == _default_of(
+            self.dialect, metadata_column
+        ):
+            return False
         return super().compare_server_default(inspector_column, metadata_column, expected, found)
+
+
+def _default_of(dialect: Any, column: sa.Column[Any]) -> str | None:
+    """Return the default of a column of the models in SQL."""
+    default = dialect.ddl_compiler(dialect, None).get_column_default_string(column)
+    # SQLAlchemy doubles each %, for the driver.
+    return default and str(default).replace("%%", "%")
 
 
 _CONDITION = sa.text(

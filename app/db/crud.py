@@ -372,7 +372,7 @@ class Crud(Generic[Create]):
 
 def _arrays(columns: Mapping[str, Any]) -> sa.TableValuedAlias:
     """Return a table whose columns are parameters, each an array of values of its type."""
-    arrays = [sa.bindparam(name, type_=sa.ARRAY(kind)) for name, kind in columns.items()]
+    arrays = [sa.bindparam(name, type_=_array(kind)) for name, kind in columns.items()]
     return (
         sa.func.unnest(*arrays)
         .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
@@ -385,6 +385,13 @@ def _is_dense(pages: Sequence[Page]) -> bool:
     start = min(page.offset for page in pages)
     end = max(page.offset + page.limit for page in pages)
     return end - start <= sum(page.limit for page in pages)
+
+
+def _array(kind: Any) -> sa.ARRAY[Any]:
+    """Return the type of an array of these values. A cast to VARCHAR(5)[] would cut a text."""
+    text = getattr(kind, "impl_instance", kind)  # SQLModel's type wraps that of SQLAlchemy.
+    is_text = isinstance(text, sa.String) and not isinstance(text, sa.Enum)
+    return sa.ARRAY(sa.String(collation=text.collation) if is_text else kind)
 
 
 def plain_type(annotation: Any) -> Any:

@@ -277,7 +277,11 @@ class Database:
             else:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             result = fn(session, *args)
-            call.may_have_written = True
+            call.may_have_written = not call.only_reads
+            # A thread on SQLite continues after its caller has learned that nothing was written.
+            if time.monotonic() > call.deadline:
+                call.may_have_written = False
+                raise TimeoutError
             session.commit()
             return result
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session, SQLModel
 
+from app.base import is_partial
 from app.db import drift, idempotency, revisions  # noqa: F401  (Fills SQLModel.metadata.)
 from app.db.engine import sqlstate
 from app.errors import SchemaBehind, WrongDatabase
@@ -194,7 +195,7 @@ def findings(session: Session) -> Iterator[str]:
 
 
 def _reported(lines: Iterator[str]) -> Iterator[str]:
-    """Add the error of a query that the role may not run, or not for so long, to the findings."""
+    """Add the error of a query to the findings, if the role may not run it, or not for so long."""
     try:
         yield from lines
     except DBAPIError as error:
@@ -226,7 +227,7 @@ def _check_revision(session: Session) -> Iterator[str]:
 
 
 def _check_drift(session: Session) -> Iterator[str]:
-    for model in SQLModel.metadata.sorted_tables:
+    for model in SQLModel.metadata.tables.values():
         if (table := drift.reflect(session, model)) is None:
             yield f"the table {model.name} is missing"
         else:
@@ -234,23 +235,18 @@ def _check_drift(session: Session) -> Iterator[str]:
 
 
 def _check_foreign_keys(session: Session) -> Iterator[str]:
-    for model in SQLModel.metadata.sorted_tables:
+    for model in SQLModel.metadata.tables.values():
         if (table := drift.reflect(session, model)) is None:
             continue
         for key in table.foreign_key_constraints:
             columns = list(key.columns)
             unique = (sa.PrimaryKeyConstraint, sa.UniqueConstraint)
             keys = (each for each in table.constraints if isinstance(each, unique))
-            # A partial index does not find all rows.
-            whole = (each for each in table.indexes if not _is_partial(each))
+            whole = (each for each in table.indexes if not is_partial(each))
             indexes = (list(each.columns) for each in (*keys, *whole))
             if not any(set(index[: len(columns)]) == set(columns) for index in indexes):
                 names = ", ".join(key.column_keys)
                 yield f"{table.name}: the foreign key on ({names}) has no index"
-
-
-def _is_partial(index: sa.Index) -> bool:
-    return any(options.get("where") is not None for options in index.dialect_options.values())
 
 
 def _check_not_valid(session: Session, tables: dict[str, Any]) -> Iterator[str]:

@@ -16,8 +16,8 @@ from app.db.engine import sqlstate
 
 # For exec_driver_sql: a % in the statement does not begin a parameter.
 LITERALLY = {"no_parameters": True}
-# SQLSTATEs: insufficient privilege, query canceled (by a timeout).
-NOT_CHECKED = ("42501", "57014")
+# SQLSTATEs: insufficient privilege, lock not available, query canceled (by a timeout).
+NOT_CHECKED = ("42501", "55P03", "57014")
 
 
 class _Part(NamedTuple):

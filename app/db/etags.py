@@ -2,6 +2,8 @@
 
 import re
 
+from app.base import INT4_MAX
+
 # An entity tag: an optional W/, and an opaque part in quotes.
 _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
 # A valid If-Match or If-None-Match: a list, which may have empty elements, or `*`.
@@ -31,5 +33,6 @@ def versions(header: str) -> frozenset[int] | None:
     return frozenset(
         int(opaque)
         for weak, opaque in re.findall(_TAG, header)
-        if not weak and _VERSION.fullmatch(opaque)
+        # A larger number would be an error of the database, in which versions are int4.
+        if not weak and _VERSION.fullmatch(opaque) and int(opaque) <= INT4_MAX
     )

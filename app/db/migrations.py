@@ -52,7 +52,7 @@ def engine(url: URL) -> Engine:
     """Return the engine for migrations. Its sessions start with the timeouts above.
 
     With an empty `?options=` in the URL, they start with the timeouts of their role instead, as
-    `postgresql_engine` documents.
+    `app.db.pool.ConnectionPool` documents.
     """
     if url.get_backend_name() == "sqlite":
         return _sqlite_engine(url)
@@ -294,22 +294,22 @@ def _is_valid(index: str) -> bool | None:
     return result
 
 
-def add_check(name: str, table: str, condition: str, *, key: str = "id") -> None:
+def add_check(name: str, table: str, condition: str) -> None:
     """Add a CHECK constraint, first for new rows only. Can be run again.
 
     Locks: ACCESS EXCLUSIVE for an instant, to add the constraint NOT VALID. Then SHARE UPDATE
     EXCLUSIVE, which blocks neither reads nor writes, to validate it. Old rows that violate it are
-    kept, counted and logged by their `key`. The constraint then stays NOT VALID until an operator
-    corrects the rows and validates it.
+    kept, counted and logged by their primary key. The constraint then stays NOT VALID until an
+    operator corrects the rows and validates it.
     """
-    add_checks(table, {name: condition}, key=key)
+    add_checks(table, {name: condition})
 
 
-def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> None:
+def add_checks(table: str, checks: Mapping[str, str]) -> None:
     """Add CHECK constraints by name, as `add_check` does. SQLite rebuilds the table once."""
     if not _on_postgresql():
         for name, condition in checks.items():
-            _log_violations(table, name, condition, key)
+            _log_violations(table, name, condition)
         with op.batch_alter_table(table) as batch:
             for name, condition in checks.items():
                 batch.create_check_constraint(op.f(name), _sql(condition))
@@ -321,7 +321,7 @@ def add_checks(table: str, checks: Mapping[str, str], *, key: str = "id") -> Non
                     op.f(name), table, _sql(condition), postgresql_not_valid=True
                 )
         for name, condition in checks.items():
-            _validate(table, name, condition, key)
+            _validate(table, name, condition)
 
 
 def add_foreign_key(
@@ -330,8 +330,6 @@ def add_foreign_key(
     columns: list[str],
     referent: str,
     referent_columns: list[str],
-    *,
-    key: str = "id",
     **options: Any,
 ) -> None:
     """Add a foreign key, first for new rows only. Can be run again.
@@ -342,14 +340,15 @@ def add_foreign_key(
     `op.create_foreign_key`, such as `ondelete`.
     """
     both = zip(columns, referent_columns, strict=True)
-    table_, referent_ = _quote(table), _quote(referent)
-    equal = [f"{referent_}.{_quote(to)} = {table_}.{_quote(column)}" for column, to in both]
+    table_ = _quote(table)
+    # With a name of its own, because a table may refer to itself.
+    equal = [f"referenced.{_quote(to)} = {table_}.{_quote(column)}" for column, to in both]
     condition = " OR ".join(
         [f"{table_}.{_quote(column)} IS NULL" for column in columns]
-        + [f"EXISTS (SELECT 1 FROM {referent_} WHERE {' AND '.join(equal)})"]
+        + [f"EXISTS (SELECT 1 FROM {_quote(referent)} AS referenced WHERE {' AND '.join(equal)})"]
     )
     if not _on_postgresql():
-        _log_violations(table, name, condition, key)
+        _log_violations(table, name, condition)
         with op.batch_alter_table(table) as batch:
             batch.create_foreign_key(op.f(name), referent, columns, referent_columns, **options)
         return
@@ -364,7 +363,7 @@ def add_foreign_key(
                 postgresql_not_valid=True,
                 **options,
             )
-        _validate(table, name, condition, key)
+        _validate(table, name, condition)
 
 
 def add_unique(name: str, table: str, columns: list[str]) -> None:
@@ -416,7 +415,7 @@ def set_not_null(table: str, column: str) -> None:
             op.create_check_constraint(
                 op.f(check), table, _sql(condition), postgresql_not_valid=True
             )
-        if not _validate(table, check, condition, None):
+        if not _validate(table, check, condition, log=False):
             op.drop_constraint(op.f(check), table)
             raise CommandError(
                 f"{table}.{column} is NULL in some rows: backfill them and run the migration again"
@@ -448,39 +447,41 @@ def _has_constraint(table: str, name: str) -> bool:
     return bool(op.get_bind().scalar(named, {"table": _quote(table), "name": name}))
 
 
-def _validate(table: str, name: str, condition: str, key: str | None) -> bool:
-    """Validate a constraint; return whether all rows meet it. Logs other rows if there is a key."""
+def _validate(table: str, name: str, condition: str, *, log: bool = True) -> bool:
+    """Validate a constraint; return whether all rows meet it."""
     try:
         op.execute("SET statement_timeout = 0")
         op.execute(f"ALTER TABLE {_quote(table)} VALIDATE CONSTRAINT {_quote(name)}")
     except DBAPIError as error:
         if sqlstate(error.orig) not in (_CHECK_VIOLATION, _FOREIGN_KEY_VIOLATION):
             raise
-        if key:
-            _log_violations(table, name, condition, key)
+        if log:
+            _log_violations(table, name, condition)
         return False
     finally:
         op.execute("RESET statement_timeout")
     return True
 
 
-def _log_violations(table: str, constraint: str, condition: str, key: str) -> None:
+def _log_violations(table: str, constraint: str, condition: str) -> None:
     if op.get_context().as_sql:
         return
-    column = sa.literal_column(_quote(key), sa.types.NullType())
-    violating = sa.select(column).select_from(sa.table(table)).order_by(column)
-    violating = violating.where(_sql(f"NOT ({condition})"))
     connection: Connection = op.get_bind()
-    keys = connection.execute(violating).scalars().all()
-    if keys:
+    names = sa.inspect(connection).get_pk_constraint(table)["constrained_columns"]
+    columns = [sa.literal_column(_quote(name), sa.types.NullType()) for name in names]
+    key: list[Any] = [*columns] or [sa.null()]
+    violating = sa.select(*key).select_from(sa.table(table)).where(_sql(f"NOT ({condition})"))
+    count = connection.scalar(sa.select(sa.func.count()).select_from(violating.subquery())) or 0
+    rows = connection.execute(violating.order_by(*key).limit(_MAX_LOGGED_KEYS)).all()
+    if count:
         logger.warning(
             "%d old rows of %s violate %s and are kept: %s %s%s",
-            len(keys),
+            count,
             table,
             constraint,
-            key,
-            ", ".join(str(value) for value in keys[:_MAX_LOGGED_KEYS]),
-            ", …" if len(keys) > _MAX_LOGGED_KEYS else "",
+            ", ".join(names) if len(names) == 1 else f"({', '.join(names)})",
+            ", ".join(str(row[0] if len(names) == 1 else tuple(row)) for row in rows),
+            ", …" if count > len(rows) else "",
         )
 
 
@@ -495,6 +496,8 @@ def backfill(
     Ends with ANALYZE. On SQLite it is one statement.
     """
     quoted, column = _quote(table), _quote(key)
+    # A colon does not begin a parameter.
+    assignments, where = (each.replace(":", r"\:") for each in (assignments, where))
     update = f"UPDATE {quoted} SET {assignments} WHERE ({where})"
     if not _on_postgresql() or op.get_context().as_sql:
         op.execute(update)

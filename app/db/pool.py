@@ -13,6 +13,7 @@ from typing import Any, Self
 import psycopg
 from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import URL, Connection, NullPool
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
@@ -51,7 +52,7 @@ class PooledConnection(psycopg.AsyncConnection[Any]):
     @classmethod
     async def connect(cls, _: str = "", *, pool: "ConnectionPool") -> Self:  # type: ignore[override]
         """Make a connection for psycopg's pool."""
-        bind = await greenlet_spawn(pool.engine.connect)
+        bind = await pool.connect()
         connection = bind.connection.driver_connection
         bind.detach()  # Its pool is psycopg's, not SQLAlchemy's.
         assert isinstance(connection, cls)  # noqa: S101
@@ -157,6 +158,26 @@ class ConnectionPool:
         else:
             await connection.close()
 
+    async def connect(self) -> Connection:
+        """Make a connection, and retry until there is one.
+
+        SQLAlchemy asks the first one for the server's version. This fails after the login if a
+        pooler accepts connections while its server is down. psycopg's pool would double its delay
+        up to minutes.
+        """
+        while not self._closed.is_set():
+            try:
+                connection = await greenlet_spawn(self.engine.connect)
+            except DBAPIError as error:
+                self._failed(error.orig or error)
+                await asyncio.sleep(_MAX_RETRY_SECONDS)
+                continue
+            if self.error:
+                logger.info("Connected to the database again")
+                self.error = None
+            return connection
+        raise DatabaseUnavailable("the pool is closed")
+
     async def close(self) -> None:
         """Close the idle connections, and those in use when they are released."""
         self._closed.set()
@@ -181,9 +202,9 @@ class ConnectionPool:
                 for address in await _resolve(self._parameters, errors):
                     attempts.add(asyncio.create_task(PooledConnection.connect_to(address)))
                     if connection := await _first(attempts, _STAGGER_SECONDS, errors):
-                        return self._connected(connection)
+                        return connection
                 if attempts and (connection := await _first(attempts, _MAX_RETRY_SECONDS, errors)):
-                    return self._connected(connection)
+                    return connection
                 if errors:
                     self._failed(errors[-1])
                 if not attempts:
@@ -195,12 +216,6 @@ class ConnectionPool:
                 if not (attempt.cancel() or attempt.cancelled() or attempt.exception()):
                     await attempt.result().close()
         raise DatabaseUnavailable("the pool is closed")
-
-    def _connected(self, connection: PooledConnection) -> PooledConnection:
-        if self.error:
-            logger.info("Connected to the database again")
-            self.error = None
-        return connection
 
     def _failed(self, error: BaseException) -> None:
         metrics.database_errors.labels((sqlstate(error) or "none")[:2]).inc()

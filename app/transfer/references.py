@@ -34,10 +34,11 @@ def find_unknown_references(
         for name, target in keys:
             given = {row[name] for _, row in batch} - {None}
             known = set(session.connection().scalars(sa.select(target).where(target.in_(given))))
+            unknown = given - known
             message = f"Should be the id of an existing {target.table.name}"
             errors += [
                 LineError(line, name, "foreign_key", message)
                 for line, row in batch
-                if row[name] in given - known
+                if row[name] in unknown
             ]
     return sorted(errors)[:MAX_ERRORS]
