@@ -476,7 +476,7 @@ def measure(
                 print(output)
             add(stalled, f"{clients.slowest:.1f}")
             add(failed, "the migration fails" if code else lost(clients))
-        add("lines of code of the first table", lines(project))
+        add("lines of code for one table and its routes", lines(project))
     return rows
 
 
