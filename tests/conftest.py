@@ -1,11 +1,11 @@
 """The databases and the service that tests ask for."""
 
-import hashlib
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def migrated_file(request: pytest.FixtureRequest) -> Path:
 
     Without the migrations, one test by name takes half the time.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     for part in ("alembic", "app/db"):
         for file in sorted((ROOT / part).rglob("*.py")):
             digest.update(file.read_bytes())
