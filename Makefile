@@ -7,7 +7,7 @@ BIN := .venv/bin
 T ?= tests
 RUNS ?= 1
 
-.PHONY: help install run dev test faults check lint format lock bench openapi release
+.PHONY: help install run dev test faults check lint format lock bench compare openapi release
 
 help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
@@ -19,6 +19,7 @@ help:
 	@echo "make format   ruff's formatter"
 	@echo "make install  create .venv from the hashed lock"
 	@echo "make bench    compare the speed with the tutorial's code and hand-written peers (docker and wrk)"
+	@echo "make compare  measure the table of README.md; with TEMPLATE=FOLDER, a checkout of full-stack-fastapi-template"
 	@echo "make openapi  renew docs/openapi.json"
 	@echo "make lock     resolve the dependencies into the hashed locks"
 	@echo "make release  record the release of the last commit: see docs/releases.md"
@@ -81,6 +82,9 @@ faults: install
 bench: install
 	$(PIP_INSTALL) --require-hashes --requirement requirements-bench.txt
 	$(BIN)/python -m benchmarks $(BENCH)
+
+compare: install
+	$(BIN)/python -m benchmarks.comparison $(if $(TEMPLATE),--template $(TEMPLATE)/backend)
 
 openapi: install
 	$(BIN)/python -m tests.openapi > docs/openapi.json

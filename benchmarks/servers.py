@@ -104,7 +104,7 @@ def container(*arguments: str) -> Iterator[int]:
         docker("stop", name)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
@@ -114,7 +114,7 @@ def postgres() -> Iterator[Postgres]:
     """PostgreSQL 18 in a container."""
     if not shutil.which("docker"):
         sys.exit("make bench needs Docker, for PostgreSQL")
-    port = _free_port()
+    port = free_port()
     options = ("--shm-size", "1g", "--env", "POSTGRES_PASSWORD=benchmark")
     with container(*options, "postgres:18", *_SETTINGS, "-c", f"port={port}") as pid:
         url = f"postgresql://postgres:benchmark@127.0.0.1:{port}/postgres"
@@ -221,7 +221,7 @@ def service(
     name: str, command: list[str], url: str, folder: Path, pool_size: int = POOL_SIZE
 ) -> Iterator[Service]:
     """Run the contestant with two workers and its log in a file of the folder."""
-    port = _free_port()
+    port = free_port()
     environment = os.environ | _variables(url, port, pool_size) | {"PYTHONPATH": str(ROOT)}
     with (folder / f"{port}.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
@@ -238,7 +238,7 @@ def image(url: str) -> Iterator[Service]:
     """Run this service in its own image, which has a newer Python."""
     built = docker("build", "--quiet", ROOT)
     python = docker("run", "--rm", built, "python", "--version")
-    port = _free_port()
+    port = free_port()
     variables = _variables(url, port, POOL_SIZE).items()
     environment = [f"--env={name}={value}" for name, value in variables]
     # Without the filter of system calls and the log driver, which cost time.

@@ -21,12 +21,16 @@ class Load:
     fresh_clients: int = 4
     host: str = "heroes"
     tls: ssl.SSLContext | None = None
+    headers: str = ""  # Further lines, each with its line break.
     answered: int = 0
     slowest: float = 0
+    # Seconds without any response.
+    longest_gap: float = 0
     # Errors of requests without a response, and those of them on a reused connection.
     lost: list[str] = field(default_factory=list)
     lost_in_use: list[str] = field(default_factory=list)
     _stop: bool = False
+    _last: float = field(default_factory=time.monotonic)
 
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: str
@@ -35,7 +39,8 @@ class Load:
         method, path, body = random.choice(self.requests)
         writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: {connection}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+            f"{self.headers}Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
@@ -58,6 +63,8 @@ class Load:
                 )
                 again = await self._exchange(*connection, "keep-alive" if keep_alive else "close")
                 self.answered += 1
+                self.longest_gap = max(self.longest_gap, time.monotonic() - self._last)
+                self._last = time.monotonic()
             except (OSError, EOFError) as error:
                 self.lost.append(repr(error))
                 if in_use:
