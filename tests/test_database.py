@@ -224,6 +224,11 @@ def test_a_statement_that_starts_after_its_timeout_does_not_write(
             with pytest.raises((DatabaseTimeout, OutcomeUnknown)):
                 await getattr(service, run)(late)
             assert await asyncio.to_thread(has_ended.wait, 10)
+            # Later calls have their own time, however long the connection was idle.
+            await asyncio.sleep(0.6)
+            with database.connect() as connection:
+                connection.execute(text("CREATE TABLE other (id INTEGER)"))  # To be parsed.
+            await service.run(heroes.get, 1)
 
     asyncio.run(work())
     assert count(database) == 0

@@ -4,8 +4,8 @@ import asyncio
 import math
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, TypeVarTuple
 
 from psycopg_pool import PoolTimeout
@@ -256,8 +256,10 @@ class Database:
 
     def _autocommit(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
         info = {CONNECTION: call.connection}
-        with Session(self._bind(call), expire_on_commit=False, info=info) as session:
-            self._limit_time(session, call)
+        with (
+            Session(self._bind(call), expire_on_commit=False, info=info) as session,
+            self._limited(session, call),
+        ):
             call.may_have_written = not call.only_reads
             result = fn(session, *args)
             session.flush()  # Without it, objects added to the session would be lost silently.
@@ -265,8 +267,10 @@ class Database:
 
     def _transaction(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
         # The caller gets objects after the commit, when they could not be loaded again.
-        with Session(self._bind(call), expire_on_commit=False) as session:
-            self._limit_time(session, call)
+        with (
+            Session(self._bind(call), expire_on_commit=False) as session,
+            self._limited(session, call),
+        ):
             connection = session.connection()
             if call.connection:
                 # Ends the autocommit until the pool gets the connection back.
@@ -288,9 +292,11 @@ class Database:
     def _bind(self, call: _Call) -> Engine | Connection:
         return call.connection.bind if call.connection else self.engine
 
-    def _limit_time(self, session: Session, call: _Call) -> None:
+    @contextmanager
+    def _limited(self, session: Session, call: _Call) -> Iterator[None]:
         """Limit the time of a call on SQLite, whose thread cannot be cancelled."""
         if call.connection:
+            yield
             return
         driver = session.connection().connection.driver_connection
         assert isinstance(driver, sqlite3.Connection)  # noqa: S101
@@ -303,3 +309,7 @@ class Database:
         driver.execute(f"PRAGMA busy_timeout = {math.ceil(seconds * 1000)}")
         # A statement that gets its lock, or starts, too late is interrupted before it writes.
         driver.set_progress_handler(lambda: time.monotonic() > end, _SQLITE_STEPS)
+        try:
+            yield
+        finally:
+            driver.set_progress_handler(None, 0)
