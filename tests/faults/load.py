@@ -19,6 +19,8 @@ class Load:
     requests: Sequence[tuple[str, str, str]] = (("GET", "/heroes/", ""),)
     keep_alive_clients: int = 16
     fresh_clients: int = 4
+    # At most this long between two requests of a client, and before its first one.
+    pause_seconds: float = 0.02
     host: str = "heroes"
     tls: ssl.SSLContext | None = None
     answered: int = 0
@@ -47,6 +49,7 @@ class Load:
     async def _client(self, *, keep_alive: bool) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         while not self._stop:
+            await asyncio.sleep(random.uniform(0, self.pause_seconds))
             start = time.monotonic()
             again, in_use = False, connection is not None
             try:
@@ -66,7 +69,6 @@ class Load:
             if connection and not again:
                 connection[1].close()
                 connection = None
-            await asyncio.sleep(random.uniform(0, 0.02))
         if connection:
             connection[1].close()
 
