@@ -133,7 +133,7 @@ class ConnectionPool:
     async def release(self, connection: PooledConnection) -> None:
         """Give the connection back. The pool replaces it if it is broken."""
         self._in_use -= 1
-        if connection.bind.invalidated or connection.broken:
+        if connection.bind.invalidated or connection.closed:
             await connection.close()
         elif not connection.autocommit:
             await connection.set_autocommit(True)
