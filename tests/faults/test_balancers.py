@@ -18,6 +18,7 @@ from sqlalchemy import URL, Engine, text
 from tests.faults.load import Load
 from tests.postgres import docker_answers
 from tests.processes import gunicorn
+from tests.service import free_port
 
 
 class Proxy(NamedTuple):
@@ -128,11 +129,6 @@ class Network:
         finally:
             self._loop.call_soon_threadsafe(self._stop.set)
             thread.join(5)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def listens(port: int) -> bool:

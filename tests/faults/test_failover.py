@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -25,15 +24,13 @@ import httpx2
 import psycopg
 import pytest
 
-from tests.postgres import docker_answers
-from tests.service import ROOT
-from tests.test_compose import Stack
+from tests.compose import Stack, has_compose
+from tests.service import ROOT, free_port
 
 pytestmark = pytest.mark.skipif(
     not (
         os.environ.get("FAULTS")
-        and shutil.which("docker")
-        and docker_answers()
+        and has_compose
         and shutil.which("nsenter")
         and shutil.which("iptables")
     ),
@@ -64,27 +61,11 @@ class Cluster(Stack):
     """The compose project with the cluster."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            haproxy_port = int(free.getsockname()[1])
-        files = ("docker-compose.yml", "deploy/patroni/compose.yml")
-        self.env |= {
-            "COMPOSE_FILE": os.pathsep.join(str(ROOT / file) for file in files),
-            "HAPROXY_PORT": str(haproxy_port),
-        }
+        super().__init__(folder, "deploy/patroni/compose.yml")
+        haproxy_port = free_port()
+        self.env["HAPROXY_PORT"] = str(haproxy_port)
         self.synchronous = True
         self.forms = {"several hosts": self.port, "HAProxy": haproxy_port}
-
-    def container(self, service: str) -> str:
-        return self.run(f"docker compose ps --all --quiet {service}").stdout.strip()
-
-    def inspect(self, service: str, template: str) -> str:
-        command = f"docker inspect --format '{template}' {self.container(service)}"
-        return self.run(command).stdout.strip()
-
-    def address(self, service: str) -> str:
-        networks = json.loads(self.inspect(service, "{{json .NetworkSettings.Networks}}"))
-        return str(next(iter(networks.values()))["IPAddress"])
 
     def connect(self, address: str) -> psycopg.Connection:
         return psycopg.connect(
@@ -120,6 +101,11 @@ class Cluster(Stack):
             time.sleep(1)
         return primary
 
+    def errors(self) -> str:
+        """Return the service's log of errors, with their tracebacks."""
+        logs = self.run("docker compose logs --no-log-prefix api api-haproxy").stdout
+        return "\n".join(line for line in logs.splitlines() if '"level": "ERROR"' in line)
+
     @contextmanager
     def round_trip(self, seconds: float) -> Iterator[None]:
         """Delay the packets between the service and the database during the block."""
@@ -141,14 +127,8 @@ class Cluster(Stack):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("failover"))
-    up = cluster.run("docker compose up -d --build --wait", check=False)
-    try:
-        logs = cluster.run("docker compose ps -a; docker compose logs --tail 30", check=False)
-        assert up.returncode == 0, up.stderr + logs.stdout
+    with Cluster(tmp_path_factory.mktemp("failover")).started() as cluster:
         yield cluster
-    finally:
-        cluster.down()
 
 
 @contextmanager
@@ -334,7 +314,7 @@ def test_no_acknowledged_write_is_lost_in_a_failover(
     for outcome in fail_over(started, fault, round_trip, figures).values():
         assert outcome.lost == 0
         assert outcome.copies == 1
-        assert set(outcome.statuses) <= {200, 503}
+        assert set(outcome.statuses) <= {200, 503}, started.errors()
         assert outcome.resumed < 2
         assert outcome.slowest < DATABASE_TIMEOUT + 2
 
