@@ -48,8 +48,8 @@ class Load:
 
     async def _client(self, *, keep_alive: bool) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        await asyncio.sleep(random.uniform(0, self.pause_seconds))
         while not self._stop:
-            await asyncio.sleep(random.uniform(0, self.pause_seconds))
             start = time.monotonic()
             again, in_use = False, connection is not None
             try:
@@ -69,6 +69,7 @@ class Load:
             if connection and not again:
                 connection[1].close()
                 connection = None
+            await asyncio.sleep(random.uniform(0, self.pause_seconds))
         if connection:
             connection[1].close()
 
