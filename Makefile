@@ -13,7 +13,7 @@ help:
 	@echo "make run      serve on http://$(HOST):$(PORT), with SQLite unless DATABASE_URL is set"
 	@echo "make dev      the same, and start again when a file of app/ changes"
 	@echo "make test     checks, and the tests on SQLite and on a throwaway PostgreSQL; T=FILE runs some"
-	@echo "make faults   PgBouncer, and failover of a real cluster under load, RUNS=N times (minutes; root, docker, nsenter, iptables)"
+	@echo "make faults   PgBouncer, 2,000 connections, and failover of a real cluster under load, RUNS=N times (minutes; root, docker, nsenter, iptables)"
 	@echo "make check    lint, types and layers"
 	@echo "make lint     ruff, spelling, the Dockerfile and the workflows"
 	@echo "make format   ruff's formatter"
@@ -76,7 +76,8 @@ test: check
 		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
 
 faults: install
-	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py
+	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py \
+		tests/faults/test_many_connections.py
 
 # Adds the packages that only the benchmark needs.
 bench: install

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Gunicorn:
         *arguments: str,
         root: Path = ROOT,
         port: int = 0,
+        launcher: Sequence[str] = (),
         **env: str,
     ) -> None:
         self._log = folder / "gunicorn.log"
@@ -56,6 +57,7 @@ class Gunicorn:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
+                    *launcher,
                     *(BIN / "gunicorn", "--bind", f"127.0.0.1:{port}"),
                     *("--pid", str(self._pidfile), *arguments),
                 ],
@@ -146,9 +148,17 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def gunicorn(
-    database_url: URL, folder: Path, *arguments: str, root: Path = ROOT, port: int = 0, **env: str
+    database_url: URL,
+    folder: Path,
+    *arguments: str,
+    root: Path = ROOT,
+    port: int = 0,
+    launcher: Sequence[str] = (),
+    **env: str,
 ) -> Iterator[Gunicorn]:
-    server = Gunicorn(database_url, folder, *arguments, root=root, port=port, **env)
+    server = Gunicorn(
+        database_url, folder, *arguments, root=root, port=port, launcher=launcher, **env
+    )
     try:
         yield server
     finally:

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,12 @@ def engine(database_url: URL) -> Engine:
     """Return an engine for a test's own statements."""
     # A new connection each time, which has no prepared statements of an older schema.
     return create_engine(database_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+
+def free_port() -> int:
+    """Return a port that no process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 class Answer(NamedTuple):

@@ -2,109 +2,26 @@
 
 import json
 import os
-import re
-import shutil
-import socket
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
 
 from app.db.revisions import Revisions
 from app.settings import Settings
+from tests.compose import Stack, commands_in, needs_compose
 from tests.examples import DEADPOND
 from tests.faults.load import Load
-from tests.postgres import docker_answers
-from tests.service import ROOT
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("docker") and docker_answers()), reason="needs a Docker Engine with Compose"
-)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-class Stack:
-    """One compose project of this run's own, on a port of its own."""
-
-    def __init__(self, folder: Path, *overlays: str) -> None:
-        self.port = free_port()
-        self.folder = folder
-        self.env = os.environ | {
-            "COMPOSE_PROJECT_NAME": f"heroes-test-{uuid.uuid4().hex[:8]}",
-            "COMPOSE_FILE": ":".join(str(ROOT / f) for f in ("docker-compose.yml", *overlays)),
-            "PORT": str(self.port),
-            # Characters that a URL or a shell would mind.
-            "OWNER_PASSWORD": "o'w%n:e@r/ $x",
-            "APP_PASSWORD": 'a"p%p:@/ \\x',
-        }
-
-    def dotenv(self, content: str) -> None:
-        """Replace `.env`. Its lines apply where the environment does not have the variable."""
-        file = self.folder / "env"
-        file.write_text(content)
-        self.env["COMPOSE_ENV_FILES"] = str(file)
-        for name in ("POSTGRES_PASSWORD", "OWNER_PASSWORD", "APP_PASSWORD"):
-            self.env.pop(name, None)
-
-    def run(self, command: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command,
-            shell=True,
-            cwd=self.folder,
-            env=self.env,
-            check=check,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-
-    def sql(self, statement: str, role: str = "postgres", database: str = "heroes") -> str:
-        """Return the output of psql, or its error."""
-        done = subprocess.run(
-            [
-                *("docker", "compose", "exec", "-T", "--env", "PGPASSWORD", "db", "psql"),
-                *("--no-psqlrc", "--tuples-only", "--no-align", "--username", role),
-                *(("--host", "127.0.0.1") if role != "postgres" else ()),
-                *("--dbname", database, "--command", statement),
-            ],
-            env=self.env | {"PGPASSWORD": self.env["APP_PASSWORD"]},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        return done.stdout.strip() or done.stderr.strip()
-
-    def config(self) -> dict[str, Any]:
-        """The services, as Compose reads them."""
-        config = json.loads(self.run("docker compose config --format json").stdout)
-        return dict(config["services"])
-
-    def down(self) -> None:
-        self.run("docker compose down --volumes --timeout 5", check=False)
-
-    def client(self) -> httpx2.Client:
-        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+pytestmark = needs_compose
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("compose"))
-    up = stack.run("docker compose up -d --build --wait", check=False)
-    try:
-        logs = stack.run("docker compose ps -a; docker compose logs --tail 30", check=False)
-        assert up.returncode == 0, up.stderr + logs.stdout
+    with Stack(tmp_path_factory.mktemp("compose")).started() as stack:
         yield stack
-    finally:
-        stack.down()
 
 
 @pytest.fixture
@@ -224,14 +141,6 @@ def test_heroes_outlive_restarts_of_the_service_and_of_the_database(stack: Stack
         stack.run("docker compose up -d --wait")
         with stack.client() as client:
             assert client.get(f"/heroes/{before['id']}").json() == before
-
-
-def commands_in(section: str) -> list[str]:
-    """The commands that docs/operations.md marks as run by a test."""
-    operations = (ROOT / "docs" / "operations.md").read_text().split(section)[1]
-    block = re.search(r"<!-- tests/test_compose.*?```console\n(.*?)```", operations, re.DOTALL)
-    assert block
-    return re.findall(r"^\$ (.*)$", block[1], re.MULTILINE)
 
 
 def test_a_release_migrates_while_the_old_code_serves(stack: Stack) -> None:

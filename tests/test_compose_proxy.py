@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -12,13 +11,11 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from tests.compose import Stack, commands_in, needs_compose
 from tests.faults.load import Load
-from tests.postgres import docker_answers
-from tests.test_compose import Stack, commands_in, free_port
+from tests.service import free_port
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("docker") and docker_answers()), reason="needs a Docker Engine with Compose"
-)
+pytestmark = needs_compose
 IMAGE = "caddy:2"
 CREATE = '{"name": "Deadpond", "secret_name": "Dive Wilson"}'
 LONG = {"name": "\U0001f9b8" * 200, "secret_name": "Dive Wilson"}
@@ -36,18 +33,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack.port = free_port()
     stack.env |= {"HTTPS_PORT": str(stack.port), "HTTP_PORT": str(free_port())}
     stack.env |= {"WEB_CONCURRENCY": "1"}
-    up = stack.run("docker compose up -d --build --wait", check=False)
-    try:
-        logs = stack.run("docker compose ps -a; docker compose logs --tail 30", check=False)
-        assert up.returncode == 0, up.stderr + logs.stdout
+    with stack.started():
         deadline = time.monotonic() + 20  # The proxy makes its CA after its start.
         copy = "docker compose cp proxy:/data/caddy/pki/authorities/local/root.crt ."
         while stack.run(copy, check=False).returncode:
             assert time.monotonic() < deadline, stack.run("docker compose logs proxy").stdout
             time.sleep(0.2)
         yield stack
-    finally:
-        stack.down()
 
 
 @pytest.fixture(scope="module")

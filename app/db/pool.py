@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import psycopg
 from psycopg_pool import AsyncConnectionPool
-from sqlalchemy import URL, Connection, NullPool
+from sqlalchemy import URL, Connection, NullPool, event
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
@@ -30,7 +31,7 @@ logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 _STAGGER_SECONDS = 0.25
 # Between two rounds over all addresses. Doubled after each round up to the maximum.
 _MIN_RETRY_SECONDS = 0.1
-_MAX_RETRY_SECONDS = 1.0
+_MAX_RETRY_SECONDS = 0.5
 _CONNECT_SECONDS = 5
 # Load balancers and firewalls forget connections that are idle for longer: the shortest time of a
 # large provider is 4 minutes (Azure).
@@ -70,7 +71,7 @@ class ConnectionPool:
     """At most `size` connections in autocommit, made in the background and used again.
 
     A new connection goes to the next caller in line, also if the caller that caused it has gone.
-    While the server is down, one task retries and `acquire` fails immediately. `on_failure` is
+    While the server is down, a few tasks retry and `acquire` fails immediately. `on_failure` is
     called when an attempt fails and the pool has no connection.
 
     The server ends statements a little before `timeout` seconds, and their waits for locks after
@@ -100,6 +101,7 @@ class ConnectionPool:
             use_native_hstore=False,
         ).sync_engine
         count_errors(self.engine)
+        event.listen(self.engine, "handle_error", _keep_new_connections)
         self._pool = AsyncConnectionPool(
             connection_class=PooledConnection,
             kwargs={"pool": self},
@@ -132,7 +134,7 @@ class ConnectionPool:
     async def release(self, connection: PooledConnection) -> None:
         """Give the connection back. The pool replaces it if it is broken."""
         self._in_use -= 1
-        if connection.bind.invalidated or connection.broken:
+        if connection.bind.invalidated or connection.closed:
             await connection.close()
         elif not connection.autocommit:
             await connection.set_autocommit(True)
@@ -224,6 +226,11 @@ class ConnectionPool:
         self.error = str(error)
         if not any(self.connections):
             self._on_failure()
+
+
+def _keep_new_connections(context: ExceptionContext) -> None:
+    """Use a connection even if SQLAlchemy noticed the loss of another one while it was made."""
+    context.invalidate_pool_on_disconnect = False
 
 
 def _parameters(url: URL, timeout: float) -> dict[str, Any]:

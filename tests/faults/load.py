@@ -19,6 +19,8 @@ class Load:
     requests: Sequence[tuple[str, str, str]] = (("GET", "/heroes/", ""),)
     keep_alive_clients: int = 16
     fresh_clients: int = 4
+    # At most this long between two requests of a client, and before its first one.
+    pause_seconds: float = 0.02
     host: str = "heroes"
     tls: ssl.SSLContext | None = None
     headers: str = ""  # Further lines, each with its line break.
@@ -51,6 +53,7 @@ class Load:
 
     async def _client(self, *, keep_alive: bool) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        await asyncio.sleep(random.uniform(0, self.pause_seconds))
         while not self._stop:
             start = time.monotonic()
             again, in_use = False, connection is not None
@@ -75,7 +78,7 @@ class Load:
                 # after the end of the event loop. The socket would then stay open.
                 connection[1].transport.abort()
                 connection = None
-            await asyncio.sleep(random.uniform(0, 0.02))
+            await asyncio.sleep(random.uniform(0, self.pause_seconds))
         if connection:
             connection[1].transport.abort()
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -107,6 +108,17 @@ def network(server: URL, round_trip_seconds: float = 0) -> Iterator[Network]:
     finally:
         relay.loop.call_soon_threadsafe(relay.end.set)
         thread.join()
+
+
+def client_ports(port: int) -> list[int]:
+    """The ports of the established connections to a port of loopback."""
+    established = "01"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        int(local.rpartition(":")[2], 16)
+        for _, local, remote, state, *_ in rows
+        if remote.endswith(f":{port:04X}") and state == established
+    ]
 
 
 @dataclass

@@ -17,6 +17,7 @@ from tests.faults.load import Load
 from tests.faults.network import network
 from tests.postgres import docker_answers
 from tests.processes import gunicorn
+from tests.service import free_port
 
 
 class Proxy(NamedTuple):
@@ -72,11 +73,6 @@ def proxy(request: pytest.FixtureRequest) -> Proxy:
     if subprocess.run(["docker", "image", "inspect", proxy.image], capture_output=True).returncode:
         pytest.skip(f"needs the image {proxy.image}")
     return proxy
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def listens(port: int) -> bool:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -25,7 +24,7 @@ from app.errors import DatabaseTimeout, DatabaseUnavailable, Overloaded
 from app.heroes import heroes
 from app.models import HeroCreate, HeroUpdate
 from tests.examples import DEADPOND
-from tests.faults.network import SteadyLoad, needs_iptables, network
+from tests.faults.network import SteadyLoad, client_ports, needs_iptables, network
 from tests.service import serve, settings
 
 pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
@@ -226,17 +225,6 @@ def test_connections_that_the_network_has_forgotten_fail_no_request(database_url
         assert any(asyncio.run(statuses(without))), "the control did not fail"
 
 
-def client_ports(port: int) -> list[int]:
-    """The ports of the established connections to a port of loopback."""
-    established = "01"
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return [
-        int(local.rpartition(":")[2], 16)
-        for _, local, remote, state, *_ in rows
-        if remote.endswith(f":{port:04X}") and state == established
-    ]
-
-
 @contextmanager
 def writes_blocked(database: Engine) -> Iterator[None]:
     """Hold a lock on the table that lets reads pass."""
@@ -431,3 +419,40 @@ def test_a_connection_whose_pool_has_gone_is_closed(
 
     asyncio.run(work())
     assert [connection.closed for connection in made] == [True]
+
+
+def test_a_connection_in_the_making_is_used_although_an_older_one_is_lost(
+    database_url: URL, database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a round trip of 0.2 s a connection takes 0.8 s. SQLAlchemy would make it twice."""
+    connect_to = PooledConnection.connect_to
+    made = []
+
+    async def count(address: dict[str, Any]) -> PooledConnection:
+        made.append(await connect_to(address))
+        return made[-1]
+
+    monkeypatch.setattr(PooledConnection, "connect_to", count)
+    terminate = text(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE state = 'active'"
+        " AND datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def work(url: URL) -> None:
+        service = Database(url, pool_size=2, timeout=5)
+        try:
+            await service.run(heroes.get, 1)
+            older = asyncio.create_task(service.run(sleep, 30))
+            await asyncio.sleep(0.3)
+            newer = asyncio.create_task(service.run(heroes.get, 1))
+            await asyncio.sleep(0.3)
+            with database.connect() as connection:
+                assert connection.scalar(terminate) == 1
+            await newer
+            assert len(made) == 2
+            await asyncio.gather(older, return_exceptions=True)
+        finally:
+            await service.close()
+
+    with network(database_url, 0.2) as link:
+        asyncio.run(work(link.url))

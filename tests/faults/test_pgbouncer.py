@@ -1,9 +1,7 @@
 """The service through a real PgBouncer in transaction mode: deploy/compose.pgbouncer.yml."""
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -21,12 +19,10 @@ from sqlalchemy import URL
 
 from app.db import migrations
 from app.db.engine import sqlstate
+from tests.compose import Stack, has_compose
 from tests.examples import DEADPOND
 from tests.faults.load import Load
 from tests.migrations import Migrators
-from tests.postgres import docker_answers
-from tests.service import ROOT
-from tests.test_compose import Stack
 
 IMAGE = "edoburu/pgbouncer:latest"
 
@@ -37,9 +33,7 @@ def image_exists() -> bool:
 
 
 pytestmark = pytest.mark.skipif(
-    not (
-        os.environ.get("FAULTS") and shutil.which("docker") and docker_answers() and image_exists()
-    ),
+    not (os.environ.get("FAULTS") and has_compose and image_exists()),
     reason=f"takes minutes: run `make faults`, with Docker and the image {IMAGE}",
 )
 
@@ -48,18 +42,13 @@ class Pooled(Stack):
     """The compose project with PgBouncer, and connections to its parts."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        files = ("docker-compose.yml", "deploy/compose.pgbouncer.yml")
-        self.env["COMPOSE_FILE"] = os.pathsep.join(str(ROOT / file) for file in files)
+        super().__init__(folder, "deploy/compose.pgbouncer.yml")
         self.addresses: dict[str, str] = {}  # A restarted container may have another one.
 
     def url(self, service: str, role: str = "heroes_owner", database: str = "heroes") -> URL:
         """The URL of PgBouncer or of PostgreSQL, from outside of the containers."""
         if service not in self.addresses:
-            container = self.run(f"docker compose ps -q {service}").stdout.strip()
-            inspect = "docker inspect --format '{{json .NetworkSettings.Networks}}'"
-            [network] = json.loads(self.run(f"{inspect} {container}").stdout).values()
-            self.addresses[service] = network["IPAddress"]
+            self.addresses[service] = self.address(service)
         passwords = {
             "heroes_owner": self.env["OWNER_PASSWORD"],
             "heroes_app": self.env["APP_PASSWORD"],
@@ -96,14 +85,8 @@ class Pooled(Stack):
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pooled]:
-    stack = Pooled(tmp_path_factory.mktemp("pgbouncer"))
-    up = stack.run("docker compose up -d --build --wait", check=False)
-    try:
-        logs = stack.run("docker compose ps -a; docker compose logs --tail 30", check=False)
-        assert up.returncode == 0, up.stderr + logs.stdout
+    with Pooled(tmp_path_factory.mktemp("pgbouncer")).started() as stack:
         yield stack
-    finally:
-        stack.down()
 
 
 @pytest.fixture

@@ -39,6 +39,20 @@ def test_writes_work_again_soon_after_the_database_is_writable(
         assert created[2:] == [200] * 3
 
 
+def test_a_write_with_a_key_on_a_new_connection_to_a_standby_is_503(
+    database_url: URL, database: Engine
+) -> None:
+    """The connection is closed within the transaction."""
+    with (
+        serve(settings(database_url)) as service,
+        service.client() as client,
+        read_only(database),
+    ):
+        for key in ("a", "b"):
+            headers = {"Idempotency-Key": key}
+            assert client.post("/heroes/", json=DEADPOND, headers=headers).status_code == 503
+
+
 def test_a_read_only_database_is_not_ready(database_url: URL, database: Engine) -> None:
     with serve(settings(database_url)) as service, service.client() as client:
         assert client.get("/health/ready").status_code == 200
