@@ -108,12 +108,11 @@ class Crud(Generic[Create]):
         """Insert the rows and return them in the same order."""
         values = [row.model_dump() for row in rows]
         names = frozenset(self.create_model.model_fields)
-        if self._insert_batch is not None and self._can_batch(session, names):
+        if self._insert_batch is None or not self._can_batch(session, names):
+            found = self._to_records(session.connection().execute(self._insert, values).all())
+        else:
             columns = {name: [value[name] for value in values] for name in sorted(names)}
             found = self._records(session, self._insert_batch, columns)
-        else:
-            inserted = session.connection().execute(self._insert, values).all()
-            found = self._to_records(inserted)
         # The database gives out ids in the order of the rows, but may return them in another one.
         return sorted(found, key=_id)
 
@@ -178,7 +177,9 @@ class Crud(Generic[Create]):
     def get_many(self, session: Session, ids: Sequence[int]) -> Sequence[Record | None]:
         """Return the rows with these ids, in the same order, and None for a missing row."""
         distinct = list(set(ids))
-        if session.get_bind().dialect.name == "postgresql":
+        if len(distinct) == 1:
+            records = self._records(session, self._select_by_id, {"row_id": distinct[0]})
+        elif session.get_bind().dialect.name == "postgresql":
             records = self._records(session, self._select_by_array, {"ids": distinct})
         else:
             records = self._records(session, self._select_by_json, {"ids": json.dumps(distinct)})
@@ -194,13 +195,19 @@ class Crud(Generic[Create]):
         valid If-Match header.
         """
         values = changes.model_dump(exclude_unset=True)
-        parameters = {f"new_{name}": value for name, value in values.items()}
-        parameters |= self._versions(if_match) | {"row_id": row_id}
-        statement = self._update_statement(frozenset(values), "versions" in parameters)
-        records = self._records(session, statement, parameters)
-        if not records:
+        record = self._update_one(session, row_id, values, self._versions(if_match))
+        if record is None:
             raise self._not_written(session, row_id, if_match)
-        return records[0]
+        return record
+
+    def _update_one(
+        self, session: Session, row_id: int, values: dict[str, Any], versions: dict[str, Any]
+    ) -> Record | None:
+        parameters = {f"new_{name}": value for name, value in values.items()}
+        parameters |= versions | {"row_id": row_id}
+        statement = self._update_statement(frozenset(values), bool(versions))
+        records = self._records(session, statement, parameters)
+        return records[0] if records else None
 
     def delete(self, session: Session, row_id: int, if_match: str | None) -> None:
         """Delete the row. Raises the same errors as `update`."""
@@ -216,8 +223,11 @@ class Crud(Generic[Create]):
 
         Returns None for a row that was not written, because it does not exist, another transaction
         has locked it, or an earlier item changes it too. So no call waits for another call's lock,
-        and batches cannot deadlock. Call `update` for these.
+        and batches cannot deadlock. Call `update` for these. A single item is as `update`.
         """
+        if len(items) == 1:
+            [(row_id, model)] = items
+            return [self._update_one(session, row_id, model.model_dump(exclude_unset=True), {})]
         changes: dict[int, dict[str, Any]] = {}
         for row_id, model in items:
             changes.setdefault(row_id, model.model_dump(exclude_unset=True))
