@@ -272,6 +272,10 @@ def _own_app() -> FastAPI:
     def in_a_thread() -> Response:
         return Response("thread")
 
+    return _direct(app)
+
+
+def _direct(app: FastAPI) -> FastAPI:
     app.add_middleware(DirectRoutes, application=app)
     return app
 
@@ -301,6 +305,45 @@ def test_only_simple_routes_are_direct(
     assert result.status == (422 if body is None else 200)
     if body is not None:
         assert result.body == body
+
+
+@pytest.mark.parametrize(
+    "first", ["/items/{item}/parts", "/items/{item:int}", "/items/{item:path}", "/other"]
+)
+def test_a_route_with_another_kind_of_path_hides_later_routes(first: str) -> None:
+    app = FastAPI()
+
+    @app.get(first)
+    async def other() -> Response:
+        return Response("first")
+
+    @app.get("/items/{item}")
+    async def get(item: str) -> Response:
+        return Response(item)
+
+    @app.get("/items/1/parts")
+    async def parts() -> Response:
+        return Response("never")
+
+    _direct(app)
+    paths = ("/items/1", "/items/a", "/items/1/parts", "/items/")
+    direct = [run(app, "GET", path).body for path in paths]
+    handle_by_fastapi(app)
+    assert direct == [run(app, "GET", path).body for path in paths]
+
+
+def test_a_mount_hides_later_routes() -> None:
+    async def mounted(scope: Any, receive: Any, send: Any) -> None:
+        await Response("mounted")(scope, receive, send)
+
+    app = FastAPI()
+    app.mount("/items", mounted)
+
+    @app.get("/items/1")
+    async def never() -> Response:
+        return Response("never")
+
+    assert run(_direct(app), "GET", "/items/1").body == b"mounted"
 
 
 def test_a_body_in_several_parts_is_handled_by_fastapi() -> None:

@@ -6,7 +6,9 @@ pydantic. FastAPI itself handles every request that is not well-formed, and ever
 """
 
 import inspect
+import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from fastapi import FastAPI, Request, Response, params
@@ -16,6 +18,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# A path without parameters, or with one as its last part.
+_PATH = re.compile(r"[^{}]*(?:/\{(\w+)\})?")
 # Returns an argument of a route function from the request and its body.
 Argument = Callable[[Request, bytes], Any]
 Dependency = Callable[[Request], Awaitable[Any]]
@@ -37,23 +41,30 @@ class DirectRoutes:
         self.app = app
         self._application = application
         # By method and path, with {} as the last part of the path if it is a parameter.
-        self._routes: dict[tuple[str, str], tuple[ASGIApp, str] | None] = {}
+        self._routes: dict[tuple[str, str], tuple[ASGIApp, str | None] | None] = {}
+        # As in FastAPI, the first of two routes that match is used. A route with another kind of
+        # path, such as a mount, hides all later ones that begin as it does.
+        hidden: list[str] = []
         for context in iter_route_contexts(application.routes):
-            path, _, rest = (context.path or "").partition("{")
-            parameter = rest.removesuffix("}")
+            path = context.path or ""
+            match = _PATH.fullmatch(path)
+            if match is None or context.methods is None:
+                hidden.append(path.partition("{")[0])
+                continue
+            parameter = match[1]
             found = None
-            try:
-                route = _DirectRoute(app, context, parameter)
-                handlers = application.exception_handlers
-                found = ExceptionMiddleware(route, handlers=handlers), parameter
-            except _Unusual:
-                pass
-            for method in context.methods or ():
-                # As in FastAPI, the first of two routes that match is used.
+            if not path.startswith(tuple(hidden)):
+                with suppress(_Unusual):
+                    route = _DirectRoute(app, context, parameter)
+                    handlers = application.exception_handlers
+                    found = ExceptionMiddleware(route, handlers=handlers), parameter
+            for method in context.methods:
                 general = method, f"{path.rpartition('/')[0]}/{{}}"
-                is_hidden = not rest and general in self._routes
-                key = general if rest else (method, path)
-                self._routes.setdefault(key, None if is_hidden else found)
+                if parameter:
+                    self._routes.setdefault(general, found)
+                else:
+                    is_hidden = general in self._routes
+                    self._routes.setdefault((method, path), None if is_hidden else found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._application.dependency_overrides:
@@ -63,7 +74,7 @@ class DirectRoutes:
             found = self._routes.get((method, path))
             if found is None and (method, path) not in self._routes:
                 parent, _, last = path.rpartition("/")
-                if found := self._routes.get((method, f"{parent}/{{}}")):
+                if last and (found := self._routes.get((method, f"{parent}/{{}}"))):
                     path_params[found[1]] = last
             if found:
                 scope["path_params"] = path_params
@@ -75,7 +86,7 @@ class DirectRoutes:
 class _DirectRoute:
     """Calls one route function. Passes a request that is not well-formed on."""
 
-    def __init__(self, app: ASGIApp, context: Any, path_parameter: str) -> None:
+    def __init__(self, app: ASGIApp, context: Any, path_parameter: str | None) -> None:
         """Raise `_Unusual` if FastAPI has to handle the route."""
         self.app = app
         self._route = context.original_route
