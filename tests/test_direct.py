@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 import pytest
-from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -245,6 +246,20 @@ async def tenant(request: Request) -> str:
     return request.headers.get("x-tenant", "none")
 
 
+async def teapot(request: Request) -> None:
+    raise HTTPException(418, request.method)
+
+
+class OwnRoute(APIRoute):
+    """A class of routes, which FastAPI's documentation recommends for own handlers."""
+
+    def get_route_handler(self) -> Any:
+        async def handle(request: Request) -> Response:
+            return Response(f"own {request.method}")
+
+        return handle
+
+
 Tenant = Annotated[str, Depends(tenant)]
 
 
@@ -263,6 +278,32 @@ def _own_app() -> FastAPI:
     @app.post("/items/")
     async def post(item: Item, x_kind: Annotated[str, Header()]) -> Response:
         return Response(f"{item.name} is {x_kind}")
+
+    @app.get("/aliases")
+    async def aliases(
+        kind: Annotated[str, Header(alias="X-Kind")],
+        x_raw: Annotated[str, Header(convert_underscores=False)],
+    ) -> Response:
+        return Response(kind + x_raw)
+
+    small = APIRouter(dependencies=[Depends(teapot)])
+
+    @small.get("/teapot")
+    async def never_a_teapot() -> Response:
+        raise AssertionError
+
+    @app.post("/small", max_body_size=2)
+    async def limited(item: Item) -> Response:
+        return Response(item.name)
+
+    own = APIRouter(route_class=OwnRoute)
+
+    @own.get("/own")
+    async def of_own_class() -> Response:
+        return Response("usual")
+
+    app.include_router(small)
+    app.include_router(own)
 
     @app.get("/dict")
     async def of_dict() -> dict[str, int]:
@@ -294,6 +335,8 @@ def _direct(app: FastAPI) -> FastAPI:
         ),
         (("POST", "/items/"), {"body": b'{"name":"a"}', "headers": JSON}, None, False),
         (("GET", "/dict"), {}, b'{"a":1}', False),
+        (("GET", "/aliases"), {"headers": [(b"x-kind", b"a"), (b"x_raw", b"b")]}, b"ab", True),
+        (("GET", "/own"), {}, b"own GET", False),
         (("GET", "/thread"), {}, b"thread", False),
     ],
 )
@@ -344,6 +387,12 @@ def test_a_mount_hides_later_routes() -> None:
         return Response("never")
 
     assert run(_direct(app), "GET", "/items/1").body == b"mounted"
+
+
+def test_the_dependencies_of_a_router_and_the_limit_of_a_route_apply() -> None:
+    app = _own_app()
+    assert run(app, "GET", "/teapot").status == 418
+    assert run(app, "POST", "/small", headers=JSON, body=b'{"name":"a"}').status == 413
 
 
 def test_a_body_in_several_parts_is_handled_by_fastapi() -> None:

@@ -90,7 +90,8 @@ class _DirectRoute:
         """Raise `_Unusual` if FastAPI has to handle the route."""
         self.app = app
         self._route = context.original_route
-        if not isinstance(self._route, APIRoute):
+        # A class of its own may have another handler.
+        if type(self._route) is not APIRoute or context.max_body_size is not None:
             raise _Unusual
         self._endpoint = context.endpoint
         self._checks = [_dependency(each) for each in context.dependencies]
@@ -115,7 +116,8 @@ class _DirectRoute:
             elif name == path_parameter and (not marker or isinstance(marker, params.Path)):
                 self._arguments[name] = _from_path(annotation, path_parameter)
             elif isinstance(marker, params.Header):
-                header = marker.alias or name.replace("_", "-")
+                default = name.replace("_", "-") if marker.convert_underscores else name
+                header = (marker.alias or default).lower()
                 self._arguments[name] = _from_header(annotation, header, parameter.default)
             elif isinstance(marker, params.Query) and _is_model(kind):
                 self._arguments[name] = _from_query(annotation)
