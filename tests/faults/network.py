@@ -63,8 +63,6 @@ class _Relay:
         self.port = 0
         self.is_open = threading.Event()
         self.writers: list[asyncio.StreamWriter] = []
-        # Kept, because a cancelled handler would lose the connection that was just made.
-        self.openings: list[asyncio.Task[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = []
 
     async def run(self) -> None:
         self.loop, self.end = asyncio.get_running_loop(), asyncio.Event()
@@ -73,26 +71,25 @@ class _Relay:
         self.is_open.set()
         await self.end.wait()
         listener.close()
-        await asyncio.sleep(0.05)  # Until the handlers of the last connections have started.
-        handlers = asyncio.all_tasks() - {asyncio.current_task(), *self.openings}
-        for handler in handlers:
-            handler.cancel()
-        await asyncio.gather(*handlers, *self.openings, return_exceptions=True)
-        opened = [each.result()[1] for each in self.openings if not each.exception()]
-        for writer in [*self.writers, *opened]:
+        # Ends all handlers without cancelling one. That would lose a connection that it makes.
+        deadline = self.loop.time() + 10
+        while handlers := asyncio.all_tasks() - {asyncio.current_task()}:
+            assert self.loop.time() < deadline, "a connection of the relay did not end"
+            for writer in self.writers:
+                writer.transport.abort()
+            await asyncio.wait(handlers, timeout=0.1)
+        for writer in self.writers:
             writer.transport.abort()
+        await asyncio.sleep(0.01)  # The transports close in the next turn of the event loop.
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)
-        opening = self.loop.create_task(self._open())
-        self.openings.append(opening)
-        opened = await asyncio.shield(opening)
-        await asyncio.gather(self._forward(reader, opened[1]), self._forward(opened[0], writer))
-
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if folder := self.server.query.get("host"):
-            return await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
-        return await asyncio.open_connection(self.server.host, self.server.port)
+            opened = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+        else:
+            opened = await asyncio.open_connection(self.server.host, self.server.port)
+        self.writers.append(opened[1])
+        await asyncio.gather(self._forward(reader, opened[1]), self._forward(opened[0], writer))
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
