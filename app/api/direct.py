@@ -43,7 +43,7 @@ class DirectRoutes:
         # By method and path, with {} as the last part of the path if it is a parameter.
         self._routes: dict[tuple[str, str], tuple[ASGIApp, str | None] | None] = {}
         # As in FastAPI, the first of two routes that match is used. A route with another kind of
-        # path, such as a mount, hides all later ones that begin as it does.
+        # path, such as a mount, hides each later route whose path begins as its own.
         hidden: list[str] = []
         for context in iter_route_contexts(application.routes):
             path = context.path or ""
