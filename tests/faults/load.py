@@ -54,33 +54,37 @@ class Load:
     async def _client(self, *, keep_alive: bool) -> None:
         connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         await asyncio.sleep(random.uniform(0, self.pause_seconds))
-        while not self._stop:
-            start = time.monotonic()
-            again, in_use = False, connection is not None
-            try:
-                connection = connection or await asyncio.open_connection(
-                    "127.0.0.1",
-                    self.port,
-                    ssl=self.tls,
-                    server_hostname=self.host if self.tls else None,
-                )
-                again = await self._exchange(*connection, "keep-alive" if keep_alive else "close")
-                self.answered += 1
-                self.longest_gap = max(self.longest_gap, time.monotonic() - self._last)
-                self._last = time.monotonic()
-            except (OSError, EOFError) as error:
-                self.lost.append(repr(error))
-                if in_use:
-                    self.lost_in_use.append(repr(error))
-            self.slowest = max(self.slowest, time.monotonic() - start)
-            if connection and not again:
-                # `close` would wait for the server's own close of a TLS connection, which may come
-                # after the end of the event loop. The socket would then stay open.
+        try:
+            while not self._stop:
+                start = time.monotonic()
+                again, in_use = False, connection is not None
+                try:
+                    connection = connection or await asyncio.open_connection(
+                        "127.0.0.1",
+                        self.port,
+                        ssl=self.tls,
+                        server_hostname=self.host if self.tls else None,
+                    )
+                    again = await self._exchange(
+                        *connection, "keep-alive" if keep_alive else "close"
+                    )
+                    self.answered += 1
+                    self.longest_gap = max(self.longest_gap, time.monotonic() - self._last)
+                    self._last = time.monotonic()
+                except (OSError, EOFError) as error:
+                    self.lost.append(repr(error))
+                    if in_use:
+                        self.lost_in_use.append(repr(error))
+                self.slowest = max(self.slowest, time.monotonic() - start)
+                if connection and not again:
+                    # `close` would wait for the server's own close of a TLS connection, which may
+                    # come after the end of the event loop. The socket would then stay open.
+                    connection[1].transport.abort()
+                    connection = None
+                await asyncio.sleep(random.uniform(0, self.pause_seconds))
+        finally:
+            if connection:
                 connection[1].transport.abort()
-                connection = None
-            await asyncio.sleep(random.uniform(0, self.pause_seconds))
-        if connection:
-            connection[1].transport.abort()
 
     async def _run(self) -> None:
         await asyncio.gather(

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -57,52 +57,91 @@ class Network:
                 subprocess.run(["iptables", "-w", "-D", *rule, "-j", "DROP"], check=True)
 
 
+class _End(asyncio.Protocol):
+    """One of the two sockets of a relayed connection: to the client or to the server."""
+
+    def __init__(self, relay: "_Relay", client: "_End | None" = None) -> None:
+        self.relay, self.peer = relay, client
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.relay.transports.add(transport)
+        if self.relay.end.is_set():
+            transport.abort()
+        elif self.peer:
+            self.peer.peer = self
+            self.peer.transport.resume_reading()
+        else:
+            transport.pause_reading()
+            self.connecting = self.relay.loop.create_task(self.relay.connect(self))
+
+    def data_received(self, data: bytes) -> None:
+        assert self.peer
+        if self.relay.closes_on(data):
+            self.transport.close()
+        else:
+            self.relay.loop.call_later(self.relay.delay, self.peer.transport.write, data)
+
+    def eof_received(self) -> bool:
+        self._close_peer()
+        return True  # The peer's bytes pass until it is closed.
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.relay.transports.remove(self.transport)
+        self._close_peer()
+
+    def _close_peer(self) -> None:
+        if self.peer:
+            self.relay.loop.call_later(self.relay.delay, self.peer.transport.close)
+
+
 class _Relay:
-    def __init__(self, server: URL, delay: float) -> None:
-        self.server, self.delay = server, delay
+    def __init__(self, server: URL, delay: float, closes_on: Callable[[bytes], bool]) -> None:
+        self.server, self.delay, self.closes_on = server, delay, closes_on
         self.port = 0
         self.is_open = threading.Event()
-        self.writers: list[asyncio.StreamWriter] = []
+        # The open sockets. The end of the event loop does not close them.
+        self.transports: set[asyncio.Transport] = set()
 
     async def run(self) -> None:
         self.loop, self.end = asyncio.get_running_loop(), asyncio.Event()
-        listener = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        listener = await self.loop.create_server(lambda: _End(self), "127.0.0.1", 0)
         self.port = listener.sockets[0].getsockname()[1]
         self.is_open.set()
         await self.end.wait()
+        # Waits for connections that are being made. If the listener closes while asyncio accepts
+        # one, its socket stays open (https://github.com/python/cpython/issues/109564).
+        while connecting := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(connecting)
         listener.close()
-        # Ends all handlers without cancelling one. That would lose a connection that it makes.
-        deadline = self.loop.time() + 10
-        while handlers := asyncio.all_tasks() - {asyncio.current_task()}:
-            assert self.loop.time() < deadline, "a connection of the relay did not end"
-            for writer in self.writers:
-                writer.transport.abort()
-            await asyncio.wait(handlers, timeout=0.1)
-        for writer in self.writers:
-            writer.transport.abort()
-        await asyncio.sleep(0.01)  # The transports close in the next turn of the event loop.
+        for transport in self.transports:
+            transport.abort()
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.writers.append(writer)
-        if folder := self.server.query.get("host"):
-            opened = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
-        else:
-            opened = await asyncio.open_connection(self.server.host, self.server.port)
-        self.writers.append(opened[1])
-        await asyncio.gather(self._forward(reader, opened[1]), self._forward(opened[0], writer))
-
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                self.loop.call_later(self.delay, writer.write, data)
-            await asyncio.sleep(self.delay)
-        writer.close()
+    async def connect(self, client: _End) -> None:
+        """Connect a client to the server."""
+        try:
+            if folder := self.server.query.get("host"):
+                path = f"{folder}/.s.PGSQL.5432"
+                await self.loop.create_unix_connection(lambda: _End(self, client), path)
+            else:
+                host, port = self.server.host or "", self.server.port or 5432
+                await self.loop.create_connection(lambda: _End(self, client), host, port)
+        except OSError:
+            client.transport.abort()
 
 
 @contextmanager
-def network(server: URL, round_trip_seconds: float = 0) -> Iterator[Network]:
-    """Relay a port to the server. Each direction takes half of the round trip."""
-    relay = _Relay(server, round_trip_seconds / 2)
+def network(
+    server: URL,
+    round_trip_seconds: float = 0,
+    closes_on: Callable[[bytes], bool] = lambda _: False,
+) -> Iterator[Network]:
+    """Relay a port to the server. Each direction takes half of the round trip.
+
+    Closes a connection if the client or the server sends bytes for which `closes_on` is true.
+    """
+    relay = _Relay(server, round_trip_seconds / 2, closes_on)
     thread = threading.Thread(target=lambda: asyncio.run(relay.run()))
     thread.start()
     assert relay.is_open.wait(30)
@@ -172,10 +211,12 @@ class SteadyLoad:
         at = self.now
         content = b"" if body is None else json.dumps(body).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        head = f"{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        writer.write(head.encode() + content)
-        status = int((await reader.readline()).split()[1])
-        await reader.read()
-        writer.close()
+        try:
+            head = f"{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            writer.write(head.encode() + content)
+            status = int((await reader.readline()).split()[1])
+            await reader.read()
+        finally:
+            writer.transport.abort()  # Else the socket of a failed or cancelled request stays open.
         self.samples.append(Sample(at, method, status, self.now - at))

@@ -27,11 +27,7 @@ from tests.examples import DEADPOND
 from tests.faults.network import SteadyLoad, client_ports, needs_iptables, network
 from tests.service import serve, settings
 
-pytestmark = [
-    pytest.mark.parametrize("backend", ["postgresql"], indirect=True),
-    # The relay of the tests can lose a connection that is partitioned, on CPython 3.11.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 REQUESTS = [
     ("GET", "/heroes/1", None),
     ("POST", "/heroes/", DEADPOND),
@@ -137,49 +133,19 @@ def test_with_several_hosts_the_service_connects_to_the_one_that_accepts_writes(
         asyncio.run(work())
 
 
-class Pooler:
-    """A port that accepts connections like PgBouncer, while its server `is_down`, and loses them.
-
-    The end of PostgreSQL's start message is the state "idle" of its new session.
-    """
-
-    def __init__(self, server: URL) -> None:
-        self.server, self.is_down = server, True
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        parameters = psycopg.conninfo.conninfo_to_dict(
-            self.server.set(drivername="postgresql").render_as_string(hide_password=False)
-        )
-        host, port = str(parameters["host"]), parameters.get("port", 5432)
-        if host.startswith("/"):
-            opened = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
-        else:
-            opened = await asyncio.open_connection(host, int(str(port)))
-        started = asyncio.Event()
-
-        async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            while data := await source.read(65536):
-                if source is reader and started.is_set() and self.is_down:
-                    break
-                target.write(data)
-                if data.endswith(b"Z\0\0\0\5I"):
-                    started.set()
-            for each in (writer, opened[1]):
-                each.close()
-
-        await asyncio.gather(forward(reader, opened[1]), forward(opened[0], writer))
-
-
 def test_a_pooler_that_was_without_its_server_at_the_start_is_used_within_two_seconds(
     database_url: URL,
 ) -> None:
     """The first connection also asks for the server's version, and fails after its login."""
 
-    async def work() -> None:
-        pooler = Pooler(database_url)
-        listener = await asyncio.start_server(pooler, "127.0.0.1", 0)
-        port = listener.sockets[0].getsockname()[1]
-        url = database_url.difference_update_query(["host"]).set(host="127.0.0.1", port=port)
+    is_down = True
+
+    def closes_on(data: bytes) -> bool:
+        """Whether the client sends a statement (Parse or Query), which needs the server."""
+        return is_down and data[:1] in (b"P", b"Q")
+
+    async def work(url: URL) -> None:
+        nonlocal is_down
         database = Database(url, pool_size=2, timeout=1)
         try:
             # For long enough that a delay that doubles after each attempt is over two seconds.
@@ -188,14 +154,14 @@ def test_a_pooler_that_was_without_its_server_at_the_start_is_used_within_two_se
                 with pytest.raises(DatabaseUnavailable):
                     await database.run(heroes.get, 1)
                 await asyncio.sleep(0.1)
-            pooler.is_down = False
+            is_down = False
             await asyncio.sleep(2)
             assert await database.run(heroes.get, 1) is None
         finally:
             await database.close()
-            listener.close()
 
-    asyncio.run(work())
+    with network(database_url, closes_on=closes_on) as pooler:
+        asyncio.run(work(pooler.url))
 
 
 @needs_iptables
