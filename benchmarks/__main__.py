@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import report, wrk
 from benchmarks.processes import cpu_seconds, memory, tree
 from benchmarks.servers import (
     BARE,
@@ -48,20 +48,10 @@ PACKAGES = (
 )
 
 
-def wrk(target: Service, operation: str, seconds: float, connections: int, heroes: int) -> Any:
+def send(target: Service, operation: str, seconds: float, connections: int, heroes: int) -> Any:
     """Keep the connections busy for some seconds and return the counts from wrk."""
-    done = subprocess.run(
-        [
-            *("wrk", "--threads", str(min(2, connections)), "--connections", str(connections)),
-            *("--duration", f"{seconds}s", "--timeout", "10s", "--script", HERE / "requests.lua"),
-            f"http://127.0.0.1:{target.port}",
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OPERATION": operation, "HEROES": str(heroes)},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {"OPERATION": operation, "HEROES": str(heroes)}
+    return json.loads(wrk.run("requests.lua", target.port, seconds, connections, **environment))
 
 
 def measured(
@@ -70,7 +60,7 @@ def measured(
     """The rate, the latencies in ms, and each side's CPU time in µs per request."""
     load = {"connections": CONNECTIONS, "heroes": HEROES} | load
     before = cpu_seconds(target.pid), cpu_seconds(database.pid)
-    result = wrk(target, operation, seconds, **load)
+    result = send(target, operation, seconds, **load)
     after = cpu_seconds(target.pid), cpu_seconds(database.pid)
     settle(target)
     requests = result["requests"] or math.nan  # The tutorial's code can hang.
@@ -158,7 +148,7 @@ def round_trips(services: list[Service], database: Postgres) -> dict[str, Any]:
     for operation in OPERATIONS:
         for target in services:
             before = database.statements()
-            requests = wrk(target, operation, 2, CONNECTIONS, HEROES)["requests"]
+            requests = send(target, operation, 2, CONNECTIONS, HEROES)["requests"]
             sent = database.statements() - before - 1
             counts.setdefault(operation, {})[target.name] = sent / (requests or math.nan)
     database.count_statements("none")
@@ -205,7 +195,7 @@ def growth(folder: Path, database: Postgres, sizes: list[int], seconds: int) -> 
         for size in sizes:
             database.load(size)
             for operation in ("read", "list"):
-                wrk(target, operation, 2, CONNECTIONS, size)
+                send(target, operation, 2, CONNECTIONS, size)
                 result = measured(target, database, operation, seconds, heroes=size)
                 found.setdefault(operation, {})[size] = result
                 print(f"{size} heroes: {operation} {result['rate']:.0f}/s", flush=True)

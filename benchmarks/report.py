@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
+from benchmarks.tables import replace_section, table
+
 mpl.use("svg")
 
 # Our rate divided by the peer's, by number of connections.
@@ -25,7 +27,6 @@ GOALS: dict[str, dict[int, dict[str, float]]] = {
         256: {"read": 0.9, "list": 0.7, "create": 1.0},
     },
 }
-_BEGIN, _END = "<!-- make bench writes this -->", "<!-- to here -->"
 # Each colour has a contrast of at least 3 to 1 on a light and on a dark README page.
 STYLES: dict[str, dict[str, Any]] = {
     "heroes": {"color": "#0f9d6b", "marker": "o", "linewidth": 2.4},
@@ -52,10 +53,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     """Write result.json, result.svg, and the tables between the two markers in README.md."""
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     _plot(result, folder / "result.svg")
-    readme = folder / "README.md"
-    before, _, rest = readme.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    readme.write_text(f"{before}{_BEGIN}\n{markdown(result)}{_END}{after}")
+    replace_section(folder / "README.md", "<!-- make bench writes this -->", markdown(result))
 
 
 def _of(rounds: list[dict[str, float]], name: str) -> float:
@@ -66,11 +64,6 @@ def _of(rounds: list[dict[str, float]], name: str) -> float:
 def _spread(rounds: list[dict[str, float]]) -> str:
     rates = [each["rate"] for each in rounds]
     return f"{median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -116,7 +109,7 @@ def _side_by_side(results: dict[str, Any]) -> str:
         for operation, by_count in results.items()
         for number, (name, rounds) in enumerate(by_count[32].items())
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _cpu(each: dict[str, float]) -> float:
@@ -154,7 +147,7 @@ def _ratios(results: dict[str, Any]) -> str:
     return (
         "Compared with the peers. Bold: the goal is not met. CPU is the peer's CPU time per request"
         " divided by ours, PostgreSQL's included.\n\n"
-        + _table(["our", "connections", *results], rows)
+        + table(["our", "connections", *results], rows)
     )
 
 
@@ -175,7 +168,7 @@ def _by_connections(results: dict[str, Any]) -> str:
         for number, name in enumerate(by_count[counts[0]])
     ]
     title = "Requests/s, p99, and CPU µs + PostgreSQL µs, by number of connections:\n\n"
-    return title + _table(["", "", *map(str, counts)], rows)
+    return title + table(["", "", *map(str, counts)], rows)
 
 
 def _short(rounds: list[dict[str, float]]) -> str:
@@ -191,7 +184,7 @@ def _round_trips(counts: dict[str, Any]) -> str:
     rows = [
         [operation, *(f"{count:.2f}" for count in of.values())] for operation, of in counts.items()
     ]
-    return "SQL statements per request:\n\n" + _table(["", *names], rows)
+    return "SQL statements per request:\n\n" + table(["", *names], rows)
 
 
 def _variants(results: dict[str, Any]) -> str:
@@ -207,7 +200,7 @@ def _growth(found: dict[str, Any]) -> str:
         ]
         for operation, of in found.items()
     ]
-    return "Rate and PostgreSQL CPU per request, by number of heroes:\n\n" + _table(
+    return "Rate and PostgreSQL CPU per request, by number of heroes:\n\n" + table(
         ["", *sizes], rows
     )
 
@@ -229,7 +222,7 @@ def _transfers(found: dict[str, Any]) -> str:
         seconds = (f"{time:.1f} s" for time in (ours, whole, copy))
         rows.append([kind, *seconds, f"{copy / ours:.2f}"])
     header = ["", "`heroes`", "with start-up", r"psql's `\copy`", r"our rate / `\copy`'s"]
-    return "A million heroes, with the command `heroes`:\n\n" + _table(header, rows)
+    return "A million heroes, with the command `heroes`:\n\n" + table(header, rows)
 
 
 def _cold_start(found: dict[str, float]) -> str:
