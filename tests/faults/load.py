@@ -100,6 +100,7 @@ class Load:
         try:
             yield self
         finally:
-            self._stop = True
+            self._stop, end = True, time.monotonic()
             thread.join(60)
             assert not thread.is_alive(), "a request did not end"
+            self.longest_gap = max(self.longest_gap, end - self._last)
