@@ -1,16 +1,13 @@
 -- What wrk sends: OPERATION is read or create, IDS a file with one id a line.
+dofile("requests.lua")  -- For the random numbers of the threads.
+
 local path, body = os.getenv("COLLECTION"), os.getenv("BODY")
 local headers = { ["Content-Type"] = "application/json", ["Authorization"] = os.getenv("TOKEN") }
 local ids = {}
-local threads = 0
-
-function setup(thread)
-  thread:set("number", threads)
-  threads = threads + 1
-end
+local seed = init
 
 function init()
-  math.randomseed(os.time() + number)
+  seed()
   for id in io.lines(os.getenv("IDS")) do
     ids[#ids + 1] = id
   end

@@ -14,26 +14,26 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from threading import Thread
 
 import httpx2
 import psycopg
 from sqlalchemy import make_url
 
-from benchmarks.processes import tree
-from benchmarks.servers import BIN, ROOT, WORKERS, Postgres, free_port, postgres, run, wait_for
+from benchmarks import wrk
+from benchmarks.processes import kill, tree
+from benchmarks.servers import BIN, ROOT, WORKERS, Postgres, free_port, postgres, wait_for
+from benchmarks.tables import replace_section, table
 from tests.faults.load import Load
 from tests.processes import Gunicorn
 
-HERE = Path(__file__).parent
 ROWS = 100_000
 CONNECTIONS = (32, 256)
 SECONDS = 4
@@ -41,11 +41,18 @@ RESTARTS = 2
 CRASHES = 3  # Of the service, and as many of PostgreSQL.
 WRITERS = 32
 HELD_SECONDS = 6
+START_SECONDS = 60
+COMMAND_SECONDS = 180
+COLUMNS = {
+    "nullable column": "power: str | None = None",
+    "required column with a default": "level: int = 1",
+}
 _WAITING = """
     SELECT 1 FROM pg_stat_activity
     WHERE wait_event_type = 'Lock' AND query ILIKE 'ALTER %' AND datname = current_database()
 """
-_BEGIN, _END = "<!-- make compare writes this -->", "<!-- to here -->"
+# PostgreSQL starts this process again when it recovers.
+_STARTED = "SELECT backend_start FROM pg_stat_activity WHERE backend_type = 'checkpointer'"
 
 
 @dataclass
@@ -62,18 +69,20 @@ class Project:
     body: str  # Of a create, with %s for the name.
     label: str  # The column with the name.
     rows: str  # The SELECT list of new rows.
+    migrate: str  # The command that makes the table.
     bin: Path = BIN
     # The line of app/models.py after which a column is added. Empty: there are no migrations.
     columns_after: str = ""
     # The files with the code of the first table.
     code: tuple[str, ...] = ()
+    # The form with which a client gets a token, and the token.
+    login: dict[str, str] | None = None
     token: str = ""
 
     def environ(self, folder: Path | None = None) -> dict[str, str]:
         path = f"{self.bin}:{os.environ['PATH']}"
-        return (
-            os.environ | self.environment | {"PYTHONPATH": str(folder or self.folder), "PATH": path}
-        )
+        changes = {"PYTHONPATH": str(folder or self.folder), "PATH": path}
+        return os.environ | self.environment | changes
 
     def run(self, command: str, folder: Path | None = None) -> tuple[int, str]:
         """Run a command of the project. Return its exit code and output."""
@@ -84,6 +93,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=COMMAND_SECONDS,
         )
         return done.returncode, done.stdout
 
@@ -91,7 +101,7 @@ class Project:
         return Postgres(self.database, 0, "").execute(statement)
 
 
-def heroes(name: str, url: str, module: str) -> Project:
+def heroes(url: str, name: str, module: str, migrate: str) -> Project:
     return Project(
         name=name,
         folder=ROOT,
@@ -106,24 +116,27 @@ def heroes(name: str, url: str, module: str) -> Project:
         body='{"name": "%s", "secret_name": "s"}',
         label="name",
         rows="(name, secret_name) SELECT 'Hero ' || n, 's'",
+        migrate=migrate,
     )
 
 
 def this_service(url: str) -> Project:
-    project = heroes("this service", url, "")
+    project = heroes(url, "this service", "", "alembic upgrade head")
     project.columns_after = '    """The public members of a hero that clients write."""\n'
     project.code = ("app/models.py", "app/heroes.py", "app/api/heroes.py", "app/application.py")
     return project
 
 
 def tutorial(url: str) -> Project:
-    project = heroes("the tutorial's code", url, "tests/tutorial.py")
+    create = "from tests.tutorial import SQLModel, engine; SQLModel.metadata.create_all(engine)"
+    project = heroes(url, "the tutorial's code", "tests/tutorial.py", f"python -c '{create}'")
     project.code = ("tests/tutorial.py",)
     return project
 
 
 def template(url: str, backend: Path) -> Project:
-    parts = urllib.parse.urlsplit(url)
+    parts = make_url(url)
+    user, password = "admin@example.com", "comparison"
     return Project(
         name="full-stack-fastapi-template",
         folder=backend,
@@ -132,13 +145,13 @@ def template(url: str, backend: Path) -> Project:
         environment={
             "PROJECT_NAME": "comparison",
             "SECRET_KEY": "comparison" * 4,
-            "FIRST_SUPERUSER": "admin@example.com",
-            "FIRST_SUPERUSER_PASSWORD": "comparison",
-            "POSTGRES_SERVER": str(parts.hostname),
+            "FIRST_SUPERUSER": user,
+            "FIRST_SUPERUSER_PASSWORD": password,
+            "POSTGRES_SERVER": str(parts.host),
             "POSTGRES_PORT": str(parts.port),
             "POSTGRES_USER": str(parts.username),
             "POSTGRES_PASSWORD": str(parts.password),
-            "POSTGRES_DB": parts.path.strip("/"),
+            "POSTGRES_DB": str(parts.database),
         },
         table="item",
         collection="/api/v1/items/",
@@ -146,9 +159,11 @@ def template(url: str, backend: Path) -> Project:
         label="title",
         rows="(id, title, created_at, owner_id) SELECT gen_random_uuid(), 'Item ' || n, now(),"
         ' (SELECT id FROM "user" LIMIT 1)',
+        migrate="alembic upgrade head && python app/initial_data.py",
         bin=backend / ".venv" / "bin",
         columns_after="class ItemBase(SQLModel):\n",
         code=("app/models.py", "app/crud.py", "app/api/routes/items.py", "app/api/main.py"),
+        login={"username": user, "password": password},
     )
 
 
@@ -162,23 +177,25 @@ class Server:
 
     def start(self) -> None:
         command = ["fastapi", "run", "--workers", str(WORKERS), "--port", str(self.port)]
-        with (self.folder / f"{self.port}.log").open("ab") as log:
+        log = self.folder / f"{self.port}.log"
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [self.project.bin / command[0], *command[1:], self.project.module],
                 cwd=self.project.folder,
                 env=self.project.environ(),
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
             )
-        wait_for(self._responds, 60)
+        try:
+            wait_for(self._responds, START_SECONDS)
+        except BaseException:
+            self.kill()
+            print(log.read_text()[-5000:], file=sys.stderr)
+            raise
 
     def _responds(self) -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/docs", timeout=5) as response:
             return bool(response.status == 200)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def replace(self) -> None:
         """Stop the process and start another one, as `docker compose up -d` does."""
@@ -193,9 +210,7 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        for pid in tree(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(self._process.pid)
         self._process.wait(10)
 
 
@@ -206,10 +221,6 @@ class RollingServer(Server):
         url = make_url(self.project.database).set(drivername="postgresql+psycopg")
         self._gunicorn = Gunicorn(url, self.folder, port=self.port)
 
-    @property
-    def pid(self) -> int:
-        return self._gunicorn.pid
-
     def replace(self) -> None:
         """Replace the process without a gap: see docs/operations.md."""
         self._gunicorn.roll()
@@ -218,8 +229,7 @@ class RollingServer(Server):
         self._gunicorn.stop()
 
     def kill(self) -> None:
-        for pid in tree(self.pid):
-            os.kill(pid, signal.SIGKILL)
+        kill(self._gunicorn.pid)
         (self.folder / "gunicorn.pid").unlink()
 
 
@@ -232,63 +242,60 @@ def running(project: Project, folder: Path) -> Iterator[Server]:
         server.stop()
 
 
+def ids_file(project: Project, folder: Path) -> Path:
+    """The file with the ids of the rows, one a line."""
+    return folder / f"{project.name}.ids"
+
+
+def requests(project: Project, folder: Path) -> list[tuple[str, str, str]]:
+    """A read and a create: method, path and body."""
+    with ids_file(project, folder).open() as ids:
+        first = ids.readline().strip()
+    return [
+        ("GET", project.collection + first, ""),
+        ("POST", project.collection, project.body % "Deadpond"),
+    ]
+
+
 def prepare(project: Project, folder: Path) -> None:
-    """Migrate the database, fill the table, and log in to the template."""
-    if project.folder == ROOT:
-        run([BIN / "alembic", "upgrade", "head"], project.database)
-    else:
-        code, output = project.run("alembic upgrade head && python app/initial_data.py")
-        assert code == 0, output
+    """Make and fill the table, log in, and check that a read and a create succeed."""
+    code, output = project.run(project.migrate)
+    assert code == 0, output
     project.execute(f"INSERT INTO {project.table} {project.rows} FROM generate_series(1, {ROWS}) n")
     project.execute(f"VACUUM ANALYZE {project.table}")
     ids = project.execute(f"SELECT id FROM {project.table}")
-    (folder / f"{project.table}.ids").write_text("".join(f"{id_}\n" for (id_,) in ids))
-    if project.table == "item":
-        with running(project, folder) as server:
-            login = {
-                "username": project.environment["FIRST_SUPERUSER"],
-                "password": project.environment["FIRST_SUPERUSER_PASSWORD"],
-            }
-            response = httpx2.post(
-                f"http://127.0.0.1:{server.port}/api/v1/login/access-token", data=login
-            )
+    ids_file(project, folder).write_text("".join(f"{id_}\n" for (id_,) in ids))
+    with (
+        running(project, folder) as server,
+        httpx2.Client(base_url=f"http://127.0.0.1:{server.port}") as client,
+    ):
+        if project.login:
+            response = client.post("/api/v1/login/access-token", data=project.login)
             project.token = f"Bearer {response.json()['access_token']}"
+        headers = {"Content-Type": "application/json", "Authorization": project.token}
+        for method, path, body in requests(project, folder):
+            response = client.request(method, path, content=body, headers=headers)
+            assert response.status_code == 200, response.text
 
 
 def rate(project: Project, folder: Path, operation: str, connections: int) -> float:
     """Successful requests per second in a fresh process, after a warm-up with few connections."""
-    environment = os.environ | {
+    environment = {
         "OPERATION": operation,
         "COLLECTION": project.collection,
-        "IDS": str(folder / f"{project.table}.ids"),
+        "IDS": str(ids_file(project, folder)),
         "BODY": project.body % "Deadpond",
         "TOKEN": project.token,
     }
     with running(project, folder) as server:
-        for seconds, count in ((1, 4), (SECONDS, connections)):
-            done = subprocess.run(
-                [
-                    *("wrk", "--threads", "2", "--connections", str(count)),
-                    *("--duration", f"{seconds}s", "--timeout", "10s"),
-                    *("--script", HERE / "comparison.lua", f"http://127.0.0.1:{server.port}"),
-                ],
-                check=True,
-                capture_output=True,
-                text=True,
-                env=environment,
-            )
-    return float(done.stdout.splitlines()[-1])
+        wrk.run("comparison.lua", server.port, 1, 4, **environment)
+        return float(wrk.run("comparison.lua", server.port, SECONDS, connections, **environment))
 
 
 def load(project: Project, folder: Path, port: int) -> Load:
     """Reads and creates of 20 clients, which never send a request again."""
-    first = (folder / f"{project.table}.ids").read_text().split()[0]
-    requests = [
-        ("GET", project.collection + first, ""),
-        ("POST", project.collection, project.body % "Deadpond"),
-    ]
     authorization = f"Authorization: {project.token}\r\n" if project.token else ""
-    return Load(port, requests, headers=authorization)
+    return Load(port, requests(project, folder), headers=authorization)
 
 
 def restarts(project: Project, folder: Path) -> Load:
@@ -331,31 +338,31 @@ async def write(project: Project, port: int, stop: list[bool]) -> set[str]:
     return created
 
 
+def crash(database: Postgres) -> None:
+    """Kill a process of PostgreSQL, which then recovers as after a crash. Wait for the recovery."""
+    before = database.execute(_STARTED)
+    os.kill(tree(database.pid)[1], signal.SIGKILL)
+    wait_for(lambda: database.execute(_STARTED) not in ([], before), START_SECONDS)
+
+
 def crashes(project: Project, folder: Path, database: Postgres) -> tuple[str, str]:
     """Acknowledged writes that are not stored, and writes that retries stored twice."""
+    stop: list[bool] = []
     with running(project, folder) as server:
 
-        def crash() -> None:
+        def kills() -> None:
             for _ in range(CRASHES):
                 time.sleep(1.5)
                 server.kill()
                 server.start()
                 time.sleep(1.5)
-                # PostgreSQL recovers like after a crash when one of its processes is killed.
-                backends = project.execute(
-                    "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-                )
-                assert backends
-                os.kill(tree(database.pid)[-1], signal.SIGKILL)
-                wait_for(lambda: bool(psycopg.connect(project.database)), 60)
+                crash(database)
                 time.sleep(1.5)
             stop.append(True)
 
-        stop: list[bool] = []
-
         async def both() -> set[str]:
             written, _ = await asyncio.gather(
-                write(project, server.port, stop), asyncio.to_thread(crash)
+                write(project, server.port, stop), asyncio.to_thread(kills)
             )
             return written
 
@@ -363,9 +370,9 @@ def crashes(project: Project, folder: Path, database: Postgres) -> tuple[str, st
     found = Counter(
         name for (name,) in project.execute(f"SELECT {project.label} FROM {project.table}")
     )
-    lost = [name for name in written if not found[name]]
-    twice = [name for name in written if found[name] > 1]
-    return f"{len(lost)} of {len(written):,}", f"{len(twice)} of {len(written):,}"
+    missing = sum(not found[name] for name in written)
+    twice = sum(found[name] > 1 for name in written)
+    return f"{missing:,} of {len(written):,}", f"{twice:,} of {len(written):,}"
 
 
 def copied(project: Project, folder: Path) -> Path:
@@ -376,12 +383,12 @@ def copied(project: Project, folder: Path) -> Path:
     return copy
 
 
-def upgrade(project: Project, folder: Path, copy: Path, column: str) -> tuple[int, str, Load]:
+def upgrade(project: Project, folder: Path, copy: Path, column: str) -> tuple[bool, Load]:
     """Add a column to the copy and the database the documented way, under load.
 
     The previous release serves. A transaction that has read the table, like a report or a backup,
-    stays open for some seconds after the migration begins to wait for it. Return alembic's exit
-    code, its output, and the clients.
+    stays open for some seconds after the migration begins to wait for it. Return whether the
+    migration succeeds, and the clients.
     """
     models = copy / "app" / "models.py"
     source = models.read_text()
@@ -390,44 +397,61 @@ def upgrade(project: Project, folder: Path, copy: Path, column: str) -> tuple[in
     models.write_text(source.replace(project.columns_after, added))
     code, output = project.run("alembic revision --autogenerate -m Column", copy)
     assert code == 0, output
-    with running(project, folder) as server:
-        clients = load(project, folder, server.port)
-        with clients.running(), psycopg.connect(project.database) as holder:
-            time.sleep(1)
-            holder.execute(f"SELECT id FROM {project.table} LIMIT 1")
+    with (
+        running(project, folder) as server,
+        load(project, folder, server.port).running() as clients,
+        psycopg.connect(project.database) as holder,
+        ThreadPoolExecutor() as threads,
+    ):
+        time.sleep(1)
+        holder.execute(f"SELECT id FROM {project.table} LIMIT 1")
 
-            def hold() -> None:
-                try:
-                    wait_for(lambda: bool(project.execute(_WAITING)), 60)
-                    time.sleep(HELD_SECONDS)
-                finally:
-                    holder.rollback()
+        def hold() -> None:
+            try:
+                wait_for(lambda: bool(project.execute(_WAITING)), COMMAND_SECONDS)
+                time.sleep(HELD_SECONDS)
+            finally:
+                holder.rollback()
 
-            holding = Thread(target=hold)
-            holding.start()
-            code, output = project.run("alembic upgrade head", copy)
-            holding.join()
-            time.sleep(1)
-    return code, output, clients
+        holding = threads.submit(hold)
+        code, output = project.run("alembic upgrade head", copy)
+        holding.result()
+        time.sleep(1)
+    # The old rows have no value for a required column. Any other error is not a result.
+    assert code == 0 or "NotNullViolation" in output, output
+    return code == 0, clients
 
 
-def lines(project: Project) -> str:
-    """Lines of code of the first table, without blank lines, migrations and tests.
+def lines_of_code(source: str, table: str, *, named: bool) -> int:
+    """Lines of a file that belong to the table, without blank lines.
 
-    These are all lines of a file that is named for it, and in other files the definitions that
-    are named for it and single lines that contain its name.
+    These are all lines if the file is named for the table. Otherwise they are the definitions that
+    are named for it, and single lines that contain its name.
     """
-    total = 0
-    for path in project.code:
-        rows = (project.folder / path).read_text().lower().splitlines()
-        counted = {number for number, row in enumerate(rows, 1) if project.table in row}
-        if project.table in Path(path).stem:
-            counted.update(range(1, len(rows) + 1))
-        for node in ast.parse("\n".join(rows)).body:
-            if project.table in getattr(node, "name", ""):
-                counted.update(range(node.lineno, (node.end_lineno or 0) + 1))
-        total += sum(bool(rows[number - 1].strip()) for number in counted)
-    return str(total)
+    rows = source.splitlines()
+    counted = {number for number, row in enumerate(rows, 1) if named or table in row.lower()}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            if table in node.name.lower():
+                counted.update(range(first, (node.end_lineno or 0) + 1))
+    return sum(bool(rows[number - 1].strip()) for number in counted)
+
+
+def lines(project: Project) -> int:
+    """Lines of code of the first table, without migrations and tests."""
+    return sum(
+        lines_of_code(
+            (project.folder / path).read_text(),
+            project.table,
+            named=project.table in Path(path).stem,
+        )
+        for path in project.code
+    )
+
+
+def lost(clients: Load) -> str:
+    return f"{len(clients.lost):,} of {len(clients.lost) + clients.answered:,}"
 
 
 def measure(
@@ -461,27 +485,19 @@ def measure(
         add(f"acknowledged writes lost in {kills}", missing)
         add("writes stored twice because clients repeat them after a kill", twice)
         copy = copied(project, folder) if project.columns_after else None
-        for column, kind in (
-            ("power: str | None = None", "nullable column"),
-            ("level: int = 1", "required column with a default"),
-        ):
-            stalled = f"slowest request, in seconds, while a {kind} is added"
-            failed = f"requests of the previous release that fail while and after a {kind} is added"
-            if copy is None:
-                add(stalled, "no migrations")
-                add(failed, "no migrations")
-                continue
-            code, output, clients = upgrade(project, folder, copy, column)
-            if code:
-                print(output)
-            add(stalled, f"{clients.slowest:.1f}")
-            add(failed, "the migration fails" if code else lost(clients))
-        add("lines of code for one table and its routes", lines(project))
+        for kind, column in COLUMNS.items():
+            slowest = failed = "no migrations"
+            if copy:
+                migrated, clients = upgrade(project, folder, copy, column)
+                slowest = f"{clients.slowest:.1f}"
+                failed = lost(clients) if migrated else "the migration fails"
+            add(f"slowest request, in seconds, while a {kind} is added", slowest)
+            add(
+                f"requests of the previous release that fail while and after a {kind} is added",
+                failed,
+            )
+        add("lines of code for one table and its routes", str(lines(project)))
     return rows
-
-
-def lost(clients: Load) -> str:
-    return f"{len(clients.lost):,} of {len(clients.lost) + clients.answered:,}"
 
 
 def main() -> None:
@@ -498,18 +514,15 @@ def main() -> None:
         if options.template:
             projects.append(template(f"{server}/template", options.template.resolve()))
         for project in projects:
-            database.execute(f"CREATE DATABASE {project.database.rpartition('/')[2]}")
+            database.execute(f"CREATE DATABASE {make_url(project.database).database}")
             prepare(project, folder)
         rows = measure(projects, folder, database, options.rounds)
     header = ["", *(project.name for project in projects)]
-    table = [header, ["---"] * len(header), *([title, *cells] for title, cells in rows.items())]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in table)
+    text = table(header, [[title, *cells] for title, cells in rows.items()])
     print(text)
     if options.template:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text().partition(_BEGIN)
-        _, _, after = rest.partition(_END)
-        readme.write_text(f"{before}{_BEGIN}\n{text}{_END}{after}")
+        replace_section(ROOT / "README.md", "<!-- make compare writes this -->", text)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
 """CPU time and memory of processes, from /proc (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html)."""
 
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # The process can end before the read or during it.
@@ -26,6 +28,13 @@ def tree(root: int) -> list[int]:
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
     return found
+
+
+def kill(root: int) -> None:
+    """End the process and all its descendants with SIGKILL."""
+    for pid in tree(root):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def cpu_seconds(root: int) -> float:
