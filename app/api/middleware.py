@@ -30,6 +30,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _NO_STORE = ((b"cache-control", b"no-store"),)
 _NO_CACHE = ((b"cache-control", b"no-cache"),)  # Caches must check the ETag each time.
+_ACTIVE_SECONDS = 0.1
 # Cached, because `labels` costs as much as the observation. No value of a label comes from the
 # client, so clients cannot make the cache grow.
 _request_duration = cache(metrics.request_duration.labels)
@@ -49,6 +50,7 @@ class Observe:
         self._active = 0
         self._entries: list[AccessLogEntry] = []
         self._is_scheduled = False
+        self._active_is_scheduled = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +62,7 @@ class Observe:
             scope = {**scope, "method": "GET"}
         start = time.perf_counter()
         self._active += 1
-        self._schedule()
+        self._schedule_active()
         current = _client_request_id(scope) or f"{getrandbits(128):032x}"
         token = request_id.set(current)
         status = 0
@@ -96,6 +98,7 @@ class Observe:
             await response(scope, receive, last_send)
         finally:
             self._active -= 1
+            self._schedule_active()
             self._entries.append(
                 AccessLogEntry(
                     method=method,
@@ -120,10 +123,19 @@ class Observe:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._record)
 
+    def _schedule_active(self) -> None:
+        """Write the number of active requests ten times a second at most."""
+        if not self._active_is_scheduled:
+            self._active_is_scheduled = True
+            asyncio.get_running_loop().call_later(_ACTIVE_SECONDS, self._record_active)
+
+    def _record_active(self) -> None:
+        self._active_is_scheduled = False
+        metrics.active_requests.set(self._active)
+
     def _record(self) -> None:
         self._is_scheduled = False
         entries, self._entries = self._entries, []
-        metrics.active_requests.set(self._active)
         for entry in entries:
             method = entry.method if entry.method in _METHODS else "_OTHER"
             _request_duration(method, entry.route, str(entry.status)).observe(entry.seconds)
