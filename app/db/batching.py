@@ -116,16 +116,18 @@ class Batcher(Generic[Item, Result]):
     async def _send(self) -> None:
         batch: list[_Call[Item, Result]] = []
         this = asyncio.current_task()
+        slow: asyncio.TimerHandle | None = None
 
         def take() -> list[Item]:
             """Take the calls when the statement is about to be sent: later ones join until then."""
+            nonlocal slow
             while self._waiting and len(batch) < MAX_BATCH_SIZE:
                 call = self._waiting.popleft()
                 if not call.result.done():  # Neither cancelled nor expired.
                     call.is_sent = True
                     batch.append(call)
             self._last_is_sent = True
-            asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._next, this)
+            slow = asyncio.get_running_loop().call_later(MAX_WAIT_SECONDS, self._next, this)
             return self._items(batch)
 
         try:
@@ -141,6 +143,9 @@ class Batcher(Generic[Item, Result]):
                 await asyncio.gather(*(self._send_alone(call) for call in batch))
             else:
                 self._fail(batch, error)
+        finally:
+            if slow:
+                slow.cancel()
 
     async def _send_alone(self, call: _Call[Item, Result]) -> None:
         seconds = call.deadline - asyncio.get_running_loop().time()
