@@ -15,7 +15,7 @@ from sqlmodel import Session
 from app.api.parameters import DatabaseDep
 from app.application import create_app
 from app.db.admission import reads
-from app.db.database import Database
+from app.db.database import Database, _Call
 from app.db.engine import sqlstate
 from app.db.pagination import Page
 from app.errors import Changed, DatabaseTimeout, OutcomeUnknown
@@ -270,25 +270,40 @@ def test_a_transaction_of_reads_has_no_unknown_outcome(database_url: URL, databa
     asyncio.run(work())
 
 
+def test_a_failed_call_leaves_nothing_to_the_next_call(database_url: URL) -> None:
+    """Calls in autocommit use the session of their connection."""
+
+    def add(session: Session) -> None:
+        session.add(Hero(name="Deadpond", secret_name="Dive Wilson"))
+
+    def add_and_fail(session: Session) -> None:
+        add(session)
+        raise ZeroDivisionError
+
+    async def work() -> None:
+        async with closing(Database(database_url, pool_size=1, timeout=5)) as service:
+            with pytest.raises(ZeroDivisionError):
+                await service.run(add_and_fail)
+            assert await service.run(heroes.count, {}) == 0
+            await service.run(add)
+            assert await service.run(heroes.count, {}) == 1
+            await service.run(add)
+            assert await service.run(heroes.count, {}) == 2
+
+    asyncio.run(work())
+
+
 def test_an_exhausted_pool_is_a_timeout_and_then_recovers(database_url: URL) -> None:
     async def work() -> float:
         async with closing(Database(database_url, pool_size=1, timeout=0.3)) as database:
-            holds, ends = asyncio.Event(), asyncio.Event()
-
-            async def hold_the_only_connection() -> None:
-                async with database._call(heroes.get, 5):
-                    holds.set()
-                    await ends.wait()
-
-            holder = asyncio.create_task(hold_the_only_connection())
-            await holds.wait()
+            holder = _Call(heroes.get, 5)
+            await database._acquire(holder, asyncio.timeout(5))
             start = time.monotonic()
             with pytest.raises(DatabaseTimeout):
                 await database.run(heroes.get, 1)
             waited = time.monotonic() - start
 
-            ends.set()
-            await holder
+            await database._release(holder)
             assert await database.run(heroes.get, 1) is None
             return waited
 
@@ -364,9 +379,9 @@ def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
             # The control: a request would get this error without the second run.
             with database.connect() as connection:
                 connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE integer"))
+            call = _Call(heroes.get, 5)
             with pytest.raises(DBAPIError, match="cached plan"):
-                async with service._call(heroes.get, 5) as call:
-                    await service._spawn(service._autocommit, call, heroes.get, row.id)
+                await service._run_once(service._autocommit, call, lambda: (row.id,))
 
     asyncio.run(work())
 

@@ -32,9 +32,11 @@ def one(record: Record, if_none_match: str | None = None) -> Response:
 
 def created(request: Request, record: Record) -> Response:
     """Return the response to a create, with the Location of the new row."""
-    response = one(record)
-    response.headers["Location"] = f"{request.scope['path'].rstrip('/')}/{record.id}"
-    return response
+    headers = {
+        "ETag": etags.from_version(record.version),
+        "Location": f"{request.scope['path'].rstrip('/')}/{record.id}",
+    }
+    return Response(_encode(record.public), headers=headers, media_type=JSON)
 
 
 def many(request: Request, crud: Crud[Any], page: Page, rows: Rows, total: int | None) -> Response:

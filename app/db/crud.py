@@ -4,19 +4,25 @@ Each function runs one statement, so it is atomic and takes one round trip.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
+from itertools import pairwise, repeat
 from operator import attrgetter
 from types import NoneType
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
+from uuid import UUID
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
+from pydantic_core import to_json
 from sqlmodel import Session, SQLModel
 
 from app.db import etags
 from app.db.admission import reads
-from app.db.fetch import fetch
+from app.db.fetch import fetch, is_converted
 from app.db.pagination import (
     LOOK_UP,
     MAX_TEXT_LENGTH,
@@ -46,6 +52,17 @@ class Record(NamedTuple):
 Records = list[Record]
 Rows = list[Public]
 _id = attrgetter("id")
+# PostgreSQL reads the JSON form of such a value, in such a column, as the same value.
+_JSON_TYPES: dict[Any, Any] = {
+    str: sa.String,
+    int: sa.Integer,
+    bool: sa.Boolean,
+    float: sa.Float,
+    Decimal: sa.Numeric,
+    date: sa.Date,
+    datetime: sa.DateTime,
+    UUID: sa.Uuid,
+}
 
 
 class Crud(Generic[Create]):
@@ -67,6 +84,7 @@ class Crud(Generic[Create]):
         filters: Mapping[str, sa.ColumnElement[bool]],
     ) -> None:
         self.name = model.__name__
+        self.model = model
         self.table: sa.Table = sa.inspect(model).local_table
         self.public = public
         self.create_model = create
@@ -85,7 +103,7 @@ class Crud(Generic[Create]):
         self._insert = sa.insert(self.table).returning(*read)
         self._update = sa.update(self.table).returning(*read)
         # An array on PostgreSQL, a JSON array on SQLite: one parameter for any number of ids.
-        array = sa.bindparam("ids", type_=sa.ARRAY(sa.BigInteger))
+        array = sa.cast(sa.bindparam("ids", type_=sa.Text), sa.ARRAY(sa.BigInteger))
         json_array = sa.func.json_each(sa.bindparam("ids")).table_valued("value")
         self._select_by_array = self._select.where(row_id == sa.func.any(array))
         self._select_by_json = self._select.where(row_id.in_(sa.select(json_array.c.value)))
@@ -95,9 +113,10 @@ class Crud(Generic[Create]):
         self._count_statement = lru_cache(maxsize=256)(self._build_count)
         self._update_statement = lru_cache(maxsize=256)(self._build_update)
         self._delete_statement = lru_cache(maxsize=2)(self._build_delete)
+        self._insert_one = self._build_insert_one()
+        self._insert_batch = lru_cache(maxsize=2)(self._build_insert_batch)
         self._update_batch = lru_cache(maxsize=256)(self._build_update_batch)
-        self._delete_batch = self._build_delete_batch()
-        self._insert_batch = self._build_insert_batch()
+        self._delete_batch = lru_cache(maxsize=2)(self._build_delete_batch)
 
     def create(self, session: Session, row: Create) -> Record:
         """Insert the row and return it with its id."""
@@ -107,12 +126,13 @@ class Crud(Generic[Create]):
     def create_many(self, session: Session, rows: list[Create]) -> Records:
         """Insert the rows and return them in the same order."""
         values = [row.model_dump() for row in rows]
-        names = frozenset(self.create_model.model_fields)
-        if self._insert_batch is None or not self._can_batch(session, names):
+        if len(values) == 1 and self._insert_one is not None:
+            return self._records(session, self._insert_one, values[0])
+        batch = self._insert_batch(session.get_bind().dialect)
+        if batch is None:
             found = self._to_records(session.connection().execute(self._insert, values).all())
         else:
-            columns = {name: [value[name] for value in values] for name in sorted(names)}
-            found = self._records(session, self._insert_batch, columns)
+            found = self._records(session, batch, {"rows": _json(values)})
         # The database gives out ids in the order of the rows, but may return them in another one.
         return sorted(found, key=_id)
 
@@ -121,8 +141,7 @@ class Crud(Generic[Create]):
         """Return the rows of the page, at most `page.limit`."""
         parameters = {**page.filters, **self._page_parameters(page)}
         statement = self._list_statement(page.sort, frozenset(page.filters), page.position)
-        rows = fetch(session, statement, parameters)
-        return [dict(zip(self.names, row, strict=True)) for row in rows]
+        return self._public_rows(fetch(session, statement, parameters))
 
     @reads
     def list_many(self, session: Session, pages: Sequence[Page]) -> Sequence[Rows]:
@@ -134,7 +153,7 @@ class Crud(Generic[Create]):
         for (sort, position), same in shapes.items():
             if len(same) == 1:
                 found[same[0][:-1]] = self.list(session, same[0])
-            elif position == "start" and _is_dense(same):
+            elif position == "start" and _are_close(same):
                 found |= self._list_range(session, same)
             elif self._can_list_together(session, sort, position):
                 found |= self._list_same(session, same)
@@ -143,7 +162,7 @@ class Crud(Generic[Create]):
         return [found[page[:-1]] for page in pages]
 
     def _list_range(self, session: Session, pages: Sequence[Page]) -> dict[Any, Rows]:
-        """Return the rows of pages that overlap: read each row once, and cut the range."""
+        """Return the rows of pages that are close: read each row once, and cut the range."""
         start = min(page.offset for page in pages)
         end = max(page.offset + page.limit for page in pages)
         rows = self.list(session, Page(end - start, start, pages[0].sort))
@@ -154,12 +173,12 @@ class Crud(Generic[Create]):
         each = [self._page_parameters(page) for page in pages]
         parameters = {name: [values[name] for values in each] for name in each[0]}
         statement = self._pages_statement(pages[0].sort, pages[0].position)
-        found: dict[Any, Rows] = {page[:-1]: [] for page in pages}
-        rows_of = list(found.values())
-        for row in fetch(session, statement, parameters):
-            # The row ends with the number of its page, for which there is no name.
-            rows_of[row[-1] - 1].append(dict(zip(self.names, row, strict=False)))
-        return found
+        rows = fetch(session, statement, parameters)
+        # The rows are ordered by the number of their page, their last column.
+        numbers = [row[-1] for row in rows]
+        ends = [bisect_right(numbers, number) for number in range(len(pages) + 1)]
+        public = self._public_rows(rows)
+        return {page[:-1]: public[a:b] for page, (a, b) in zip(pages, pairwise(ends), strict=True)}
 
     @reads
     def count(self, session: Session, filters: Mapping[str, Any]) -> int:
@@ -180,7 +199,8 @@ class Crud(Generic[Create]):
         if len(distinct) == 1:
             records = self._records(session, self._select_by_id, {"row_id": distinct[0]})
         elif session.get_bind().dialect.name == "postgresql":
-            records = self._records(session, self._select_by_array, {"ids": distinct})
+            ids_text = f"{{{','.join(map(str, distinct))}}}"
+            records = self._records(session, self._select_by_array, {"ids": ids_text})
         else:
             records = self._records(session, self._select_by_json, {"ids": json.dumps(distinct)})
         found = {record.id: record for record in records}
@@ -232,26 +252,28 @@ class Crud(Generic[Create]):
         for row_id, model in items:
             changes.setdefault(row_id, model.model_dump(exclude_unset=True))
         names = frozenset(name for change in changes.values() for name in change)
-        if not self._can_batch(session, names):
-            return [None] * len(items)
-        parameters: dict[str, list[Any]] = {"ids": list(changes)}
         optional = frozenset(
             name for name in names if not all(name in change for change in changes.values())
         )
-        for name in names:
-            parameters[f"new_{name}"] = [change.get(name) for change in changes.values()]
-        for name in optional:
-            parameters[f"has_{name}"] = [name in change for change in changes.values()]
-        records = self._records(session, self._update_batch(names, optional), parameters)
+        batch = self._update_batch(session.get_bind().dialect, names, optional)
+        if batch is None:
+            return [None] * len(items)
+        rows = []
+        for row_id, change in changes.items():
+            row = {"row_id": row_id} | {f"new_{name}": value for name, value in change.items()}
+            row |= {f"has_{name}": name in change for name in optional}
+            rows.append(row)
+        records = self._records(session, batch, {"rows": _json(rows)})
         found = {record.id: record for record in records}
         return [found.pop(row_id, None) for row_id, _ in items]
 
     def delete_many(self, session: Session, ids: Sequence[int]) -> Sequence[bool]:
         """Delete the rows. Returns False for each row that `update_many` would not write."""
-        if not self._can_batch(session, frozenset()):
+        batch = self._delete_batch(session.get_bind().dialect)
+        if batch is None:
             return [False] * len(ids)
-        parameters = {"ids": list(set(ids))}
-        deleted = {row[0]: True for row in fetch(session, self._delete_batch, parameters)}
+        parameters = {"rows": _json([{"row_id": row_id} for row_id in set(ids)])}
+        deleted = {row[0]: True for row in fetch(session, batch, parameters)}
         return [deleted.pop(row_id, False) for row_id in ids]
 
     def not_found(self) -> NotFound:
@@ -297,9 +319,13 @@ class Crud(Generic[Create]):
         return self._to_records(fetch(session, statement, parameters))
 
     def _to_records(self, rows: Sequence[Any]) -> Records:
-        names, id_index = self.names, self._id_index
-        # The row ends with the version, for which there is no name.
-        return [Record(row[id_index], row[-1], dict(zip(names, row, strict=False))) for row in rows]
+        id_index = self._id_index
+        public_rows = zip(rows, self._public_rows(rows), strict=True)
+        return [Record(row[id_index], row[-1], public) for row, public in public_rows]
+
+    def _public_rows(self, rows: Sequence[Any]) -> Rows:
+        """Return the public columns, which come first. This is faster than a comprehension."""
+        return list(map(dict, map(zip, repeat(self.names), rows)))
 
     def _build_list(self, sort: str, filters: frozenset[str], position: Position) -> sa.Select[Any]:
         rows = sa.select(*self.public_columns).where(*(self.filters[name] for name in filters))
@@ -328,31 +354,61 @@ class Crud(Generic[Create]):
     def _build_delete(self, has_versions: bool) -> sa.Delete:
         return sa.delete(self.table).where(*self._conditions(has_versions))
 
-    def _can_batch(self, session: Session, names: frozenset[str]) -> bool:
-        """Return whether one statement can change many rows: not on SQLite, which has no `unnest`.
+    def _can_batch(self, dialect: sa.Dialect, names: Iterable[str]) -> bool:
+        """Return whether one statement can write these columns of many rows, by JSON.
 
-        `unnest` would also take the arrays apart that are values of a column.
+        It cannot on SQLite, or if JSON may have another value than psycopg sends: of a time without
+        a zone, or of a type that SQLAlchemy converts, such as an enumeration.
         """
-        types = [self.table.c[name].type for name in names]
-        is_scalar = not any(isinstance(each, sa.ARRAY | sa.JSON) for each in types)
-        return is_scalar and session.get_bind().dialect.name == "postgresql"
+        return dialect.name == "postgresql" and all(
+            self._has_json_form(name, dialect) for name in names
+        )
+
+    def _has_json_form(self, name: str, dialect: sa.Dialect) -> bool:
+        kind: Any = self.table.c[name].type
+        value = plain_type(self.model.model_fields[name].annotation)
+        wrapped = getattr(kind, "impl_instance", kind)  # SQLModel's type wraps SQLAlchemy's.
+        return (
+            isinstance(wrapped, _JSON_TYPES.get(value, ()))
+            and getattr(kind, "timezone", True)
+            and not is_converted(kind, dialect)
+        )
 
     def _lock(self, columns: Mapping[str, Any]) -> sa.CTE:
-        """Return the rows of the arrays whose ids exist. They are locked, or left out if locked."""
-        given = _arrays(columns)
+        """Return the given rows that exist. They are locked, or left out if others lock them."""
+        given = _recordset({"row_id": sa.BigInteger(), **columns})
         row_id = self.table.c.id
         return (
             sa.select(*given.c)
-            .select_from(given.join(self.table, row_id == given.c.ids))
+            .select_from(given.join(self.table, row_id == given.c.row_id))
             .order_by(row_id)
             .with_for_update(of=self.table, skip_locked=True)
             .cte("locked")
         )
 
-    def _build_update_batch(self, names: frozenset[str], optional: frozenset[str]) -> sa.Update:
+    def _build_insert_one(self) -> sa.Insert | None:
+        """Return None if only SQLAlchemy can give a column its default: a Python function."""
+        names = sorted(self.create_model.model_fields)
+        others = [column for column in self.table.c if column.name not in names]
+        if any(column.default and not column.server_default for column in others):
+            return None
+        values = [sa.bindparam(name, type_=self.table.c[name].type) for name in names]
+        return self._insert.from_select(names, sa.select(*values), include_defaults=False)
+
+    def _build_insert_batch(self, dialect: sa.Dialect) -> sa.Insert | None:
+        names = sorted(self.create_model.model_fields)
+        if self._insert_one is None or not self._can_batch(dialect, names):
+            return None
+        given = _recordset({name: self.table.c[name].type for name in names})
+        return self._insert.from_select(names, sa.select(*given.c), include_defaults=False)
+
+    def _build_update_batch(
+        self, dialect: sa.Dialect, names: frozenset[str], optional: frozenset[str]
+    ) -> sa.Update | None:
         """Return the statement that writes these columns. Not every row has the optional ones."""
-        columns: dict[str, Any] = {"ids": sa.BigInteger()}
-        columns |= {f"new_{name}": self.table.c[name].type for name in sorted(names)}
+        if not self._can_batch(dialect, names):
+            return None
+        columns: dict[str, Any] = {f"new_{name}": self.table.c[name].type for name in sorted(names)}
         columns |= {f"has_{name}": sa.Boolean() for name in sorted(optional)}
         locked = self._lock(columns)
         values: dict[str, Any] = {name: locked.c[f"new_{name}"] for name in names}
@@ -360,48 +416,38 @@ class Crud(Generic[Create]):
             has = locked.c[f"has_{name}"]
             values[name] = sa.case((has, values[name]), else_=self.table.c[name])
         values["version"] = self.table.c.version + 1
-        return self._update.where(self.table.c.id == locked.c.ids).values(values)
+        return self._update.where(self.table.c.id == locked.c.row_id).values(values)
 
-    def _build_insert_batch(self) -> Any:
-        """Return None if only SQLAlchemy can give a column its default: a Python function."""
-        names = sorted(self.create_model.model_fields)
-        others = [column for column in self.table.c if column.name not in names]
-        if any(column.default and not column.server_default for column in others):
+    def _build_delete_batch(self, dialect: sa.Dialect) -> sa.sql.dml.ReturningDelete[Any] | None:
+        if not self._can_batch(dialect, ()):
             return None
-        given = _arrays({name: self.table.c[name].type for name in names})
-        return self._insert.from_select(names, sa.select(*given.c), include_defaults=False)
-
-    def _build_delete_batch(self) -> sa.sql.dml.ReturningDelete[Any]:
-        locked = self._lock({"ids": sa.BigInteger()})
         row_id = self.table.c.id
-        return sa.delete(self.table).where(row_id == locked.c.ids).returning(row_id)
+        condition = row_id == self._lock({}).c.row_id
+        return sa.delete(self.table).where(condition).returning(row_id)
 
     def _conditions(self, has_versions: bool) -> Sequence[sa.ColumnElement[bool]]:
         return [self._has_id, self._has_version] if has_versions else [self._has_id]
 
 
-def _arrays(columns: Mapping[str, Any]) -> sa.TableValuedAlias:
-    """Return a table whose columns are parameters, each an array of values of its type."""
-    arrays = [sa.bindparam(name, type_=_array(kind)) for name, kind in columns.items()]
+def _recordset(columns: Mapping[str, Any]) -> sa.TableValuedAlias:
+    """Return the rows of the parameter `rows`, a JSON array of objects, as a table."""
+    rows = sa.cast(sa.bindparam("rows", type_=sa.Text), sa.JSON)
     return (
-        sa.func.unnest(*arrays)
+        sa.func.json_to_recordset(rows)
         .table_valued(*(sa.column(name, kind) for name, kind in columns.items()), name="given")
-        .render_derived()
+        .render_derived(with_types=True)
     )
 
 
-def _is_dense(pages: Sequence[Page]) -> bool:
-    """Return whether the range over all pages has no more rows than the pages together."""
+def _json(rows: Sequence[Mapping[str, Any]]) -> str:
+    return to_json(rows, inf_nan_mode="strings").decode()
+
+
+def _are_close(pages: Sequence[Page]) -> bool:
+    """Return whether the range over all pages has at most twice as many rows as the pages."""
     start = min(page.offset for page in pages)
     end = max(page.offset + page.limit for page in pages)
-    return end - start <= sum(page.limit for page in pages)
-
-
-def _array(kind: Any) -> sa.ARRAY[Any]:
-    """Return the type of an array of these values. A cast to VARCHAR(5)[] would cut a text."""
-    text = getattr(kind, "impl_instance", kind)  # SQLModel's type wraps that of SQLAlchemy.
-    is_text = isinstance(text, sa.String) and not isinstance(text, sa.Enum)
-    return sa.ARRAY(sa.String(collation=text.collation) if is_text else kind)
+    return end - start <= 2 * sum(page.limit for page in pages)
 
 
 def plain_type(annotation: Any) -> Any:

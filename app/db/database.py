@@ -4,12 +4,12 @@ import asyncio
 import math
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, TypeVarTuple
 
 from psycopg_pool import PoolTimeout
-from sqlalchemy import URL, Connection, Engine
+from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.util import greenlet_spawn
@@ -18,7 +18,6 @@ from sqlmodel import Session
 from app.db.admission import Lane, only_reads
 from app.db.batching import Batcher
 from app.db.engine import is_read_only, is_stale_plan, sqlite_engine
-from app.db.fetch import CONNECTION
 from app.db.pool import ConnectionPool, PooledConnection
 from app.errors import DatabaseTimeout, DatabaseUnavailable, OutcomeUnknown
 from app.telemetry import metrics
@@ -39,8 +38,10 @@ class _Call:
     """One call, its lanes and its connection. `deadline` is on the clock of `time.monotonic`."""
 
     __slots__ = (
+        "args",
         "connection",
         "deadline",
+        "fn",
         "lanes",
         "may_have_written",
         "only_reads",
@@ -49,6 +50,8 @@ class _Call:
     )
 
     def __init__(self, fn: Callable[..., Any], seconds: float) -> None:
+        self.fn = fn
+        self.args: Sequence[Any] = ()
         self.only_reads = only_reads(fn)
         self.seconds = seconds
         self.deadline = time.monotonic() + seconds
@@ -175,31 +178,30 @@ class Database:
         seconds: float,
     ) -> Any:
         """Run `fn` by `run`. `take` returns its arguments, once there is a connection."""
-        deadline = time.monotonic() + seconds
+        call = _Call(fn, seconds)
         try:
-            async with self._call(fn, seconds) as call:
-                args = take()
-                return await self._spawn(run, call, fn, *args)
+            return await self._run_once(run, call, take)
         except DBAPIError as error:
             if not (is_stale_plan(error.orig) or is_read_only(error.orig)):
                 raise
         # The server refused the statement before running it, and the connection is replaced.
-        async with self._call(fn, deadline - time.monotonic()) as call:
-            return await self._spawn(run, call, fn, *args)
+        again = _Call(fn, call.deadline - time.monotonic())
+        return await self._run_once(run, again, lambda: call.args)
 
-    @asynccontextmanager
-    async def _call(self, fn: Callable[..., Any], seconds: float) -> AsyncIterator[_Call]:
-        """Limit a call in time, and give it a connection."""
-        call = _Call(fn, seconds)
+    async def _run_once(
+        self, run: Callable[..., Any], call: _Call, take: Callable[[], Sequence[Any]]
+    ) -> Any:
+        """Run the call within its time, on a connection of its own."""
         start = time.monotonic()
         try:
             async with (
-                asyncio.timeout(seconds + _CANCEL_SECONDS),
-                asyncio.timeout(seconds) as limit,
+                asyncio.timeout(call.seconds + _CANCEL_SECONDS),
+                asyncio.timeout(call.seconds) as limit,
             ):
                 try:
                     await self._acquire(call, limit)
-                    yield call
+                    call.args = take()
+                    return await self._spawn(run, call)
                 except DBAPIError as error:
                     await self._drain_after(error, call)
                     raise
@@ -254,25 +256,30 @@ class Database:
             if not limit.expired():
                 limit.reschedule(0)
 
-    def _autocommit(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
-        session = Session(
-            self._bind(call), expire_on_commit=False, info={CONNECTION: call.connection}
+    def _autocommit(self, call: _Call) -> Any:
+        session = (
+            call.connection.session
+            if call.connection
+            else Session(self.engine, expire_on_commit=False)
         )
+        is_used = True
         try:
             with self._limited(session, call):
                 call.may_have_written = not call.only_reads
-                result = fn(session, *args)
+                result = call.fn(session, *call.args)
                 session.flush()  # Without it, added objects would be lost silently.
+                is_used = session.in_transaction()
                 return result
         finally:
             # To close a session that has only fetched is 3% of a read.
-            if session.in_transaction():
+            if is_used:
                 session.close()
 
-    def _transaction(self, call: _Call, fn: Callable[..., T], *args: Any) -> T:
+    def _transaction(self, call: _Call) -> Any:
         # The caller gets objects after the commit, when they could not be loaded again.
+        bind = call.connection.bind if call.connection else self.engine
         with (
-            Session(self._bind(call), expire_on_commit=False) as session,
+            Session(bind, expire_on_commit=False) as session,
             self._limited(session, call),
         ):
             connection = session.connection()
@@ -284,7 +291,7 @@ class Database:
                     connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds}")
             else:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
-            result = fn(session, *args)
+            result = call.fn(session, *call.args)
             call.may_have_written = not call.only_reads
             # A thread on SQLite continues after its caller has learned that nothing was written.
             if time.monotonic() > call.deadline:
@@ -292,9 +299,6 @@ class Database:
                 raise TimeoutError
             session.commit()
             return result
-
-    def _bind(self, call: _Call) -> Engine | Connection:
-        return call.connection.bind if call.connection else self.engine
 
     @contextmanager
     def _limited(self, session: Session, call: _Call) -> Iterator[None]:

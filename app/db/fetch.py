@@ -17,8 +17,8 @@ from sqlmodel import Session
 
 from app.db.engine import count_error
 
-# The key in `Session.info` of the psycopg connection of a session in autocommit.
-CONNECTION = "connection"
+# The key in `Session.info` of the psycopg cursor of a session in autocommit.
+CURSOR = "cursor"
 # The types of the results that SQLAlchemy's numeric types expect: table pg_type.
 _OID_NUMERIC, _OID_FLOAT8 = 1700, 701
 
@@ -33,18 +33,17 @@ class _Query(NamedTuple):
 def fetch(session: Session, statement: Executable, parameters: dict[str, Any]) -> Sequence[Any]:
     """Return the rows of the statement, which the caller keeps and uses again.
 
-    Raises the same errors as `Session.execute`. This is `Session.execute` without a psycopg
-    connection in the session, for a column type that SQLAlchemy has to convert, and if a listener
-    of `before_cursor_execute` has to get each statement.
+    Raises the same errors as `Session.execute`. This is `Session.execute` without a psycopg cursor
+    in the session, for a column type that SQLAlchemy has to convert, and if a listener of
+    `before_cursor_execute` has to get each statement.
     """
-    connection = session.info.get(CONNECTION)
+    cursor = session.info.get(CURSOR)
     bind: Any = session.get_bind()
-    query = connection and _compile(statement, bind.dialect)
-    if not (connection and query) or bind.engine.dispatch.before_cursor_execute:
+    query = cursor and _compile(statement, bind.dialect)
+    if not (cursor and query) or bind.engine.dispatch.before_cursor_execute:
         return session.connection().execute(statement, parameters).all()
     try:
-        cursor = await_only(connection.execute(query.text, {**query.fixed, **parameters}))
-        rows: Sequence[Any] = await_only(cursor.fetchall())
+        return await_only(_rows(cursor, query.text, {**query.fixed, **parameters}))
     except Exception as error:
         count_error(error)
         raise DBAPIError.instance(
@@ -53,9 +52,15 @@ def fetch(session: Session, statement: Executable, parameters: dict[str, Any]) -
             error,
             psycopg.Error,
             hide_parameters=True,
-            connection_invalidated=connection.closed,
+            connection_invalidated=cursor.connection.closed,
         ) from error
-    return rows
+
+
+async def _rows(
+    cursor: psycopg.AsyncCursor[Any], text: str, parameters: dict[str, Any]
+) -> Sequence[Any]:
+    await cursor.execute(text, parameters)
+    return await cursor.fetchall()
 
 
 @lru_cache(maxsize=1024)
@@ -63,13 +68,13 @@ def _compile(statement: Any, dialect: Dialect) -> _Query | None:
     compiled = statement.compile(dialect=dialect)
     binds = compiled.bind_names
     kinds = [each.type for each in (*binds, *statement.exported_columns)]
-    if any(bind.expanding for bind in binds) or any(_is_converted(each, dialect) for each in kinds):
+    if any(bind.expanding for bind in binds) or any(is_converted(each, dialect) for each in kinds):
         return None
     fixed = {name: compiled.params[name] for bind, name in binds.items() if not bind.required}
     return _Query(compiled.string, fixed)
 
 
-def _is_converted(kind: TypeEngine[Any], dialect: Dialect) -> bool:
+def is_converted(kind: TypeEngine[Any], dialect: Dialect) -> bool:
     """Return whether SQLAlchemy converts values of this type. psycopg has its own conversions."""
     one = kind.item_type if isinstance(kind, ARRAY) else kind
     own = one.dialect_impl(dialect)

@@ -17,9 +17,11 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import greenlet_spawn
+from sqlmodel import Session
 
 from app import NAME
 from app.db.engine import convert_prepare_threshold, count_errors, sqlstate
+from app.db.fetch import CURSOR
 from app.errors import DatabaseUnavailable
 from app.telemetry import metrics
 
@@ -44,10 +46,12 @@ _NEW_SECONDS = 1
 class PooledConnection(psycopg.AsyncConnection[Any]):
     """A connection of the pool. Sessions use it through `bind`, SQLAlchemy's object for it.
 
-    `made_at` is on the clock of `time.monotonic`.
+    `session` is for calls in autocommit. To make one for each call is 11% of a read on one
+    connection. `made_at` is on the clock of `time.monotonic`.
     """
 
     bind: Connection
+    session: Session
     made_at: float
 
     @classmethod
@@ -58,6 +62,8 @@ class PooledConnection(psycopg.AsyncConnection[Any]):
         bind.detach()  # Its pool is psycopg's, not SQLAlchemy's.
         assert isinstance(connection, cls)  # noqa: S101
         connection.bind = bind
+        info = {CURSOR: connection.cursor()}
+        connection.session = Session(bind, expire_on_commit=False, info=info)
         connection.made_at = time.monotonic()
         return connection
 
