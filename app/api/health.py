@@ -24,13 +24,18 @@ async def live() -> dict[str, str]:
 async def ready(request: Request, database: DatabaseDep) -> dict[str, str]:
     """Check that this worker can serve reads and writes. If this fails, send no requests.
 
-    Raises `Draining`, `WrongDatabase`, `SchemaBehind`, or the errors of `Database.run`.
+    A worker with too much load is ready. Otherwise its requests would go to the other workers, and
+    then no worker would be ready. Raises `Draining`, `WrongDatabase`, `SchemaBehind`, or the errors
+    of `Database.run`.
     """
     if getattr(request.state, "draining", False):  # Set by app/server/worker.py.
         raise Draining
     code: revisions.Revisions = request.app.state.revisions
-    await database.run(code.check)
-    await database.run(revisions.check_writable)
+    try:
+        await database.run(code.check_ready)
+    except (Overloaded, DatabaseTimeout):
+        if not database.has_responded:
+            raise
     return {"status": "ready"}
 
 

@@ -81,6 +81,7 @@ class Database:
         self._writes = Lane(pool_size - pool_size // 4, queue_size)
         # Of the calls that wait for a connection.
         self.timeouts: set[asyncio.Timeout] = set()
+        self._responded_at = -math.inf
         self._batchers: dict[Callable[..., Any], Batcher[Any, Any]] = {}
         self._pool: ConnectionPool | None = None
         self._spawn: Callable[..., Awaitable[Any]]
@@ -166,6 +167,11 @@ class Database:
         return pool.checkedout(), pool.checkedin()
 
     @property
+    def has_responded(self) -> bool:
+        """Whether a call has succeeded within the last timeout."""
+        return time.monotonic() - self._responded_at < self.timeout
+
+    @property
     def waiting(self) -> int:
         """The number of calls that wait for a connection."""
         return len(self.timeouts)
@@ -201,7 +207,9 @@ class Database:
                 try:
                     await self._acquire(call, limit)
                     call.args = take()
-                    return await self._spawn(run, call)
+                    result = await self._spawn(run, call)
+                    self._responded_at = time.monotonic()
+                    return result
                 except DBAPIError as error:
                     await self._drain_after(error, call)
                     raise

@@ -77,3 +77,9 @@ class Revisions(NamedTuple):
         if self.head in found or found - self.known:
             return
         raise SchemaBehind(f"it is at {', '.join(found) or 'no revision'}, the code at {self.head}")
+
+    @reads
+    def check_ready(self, session: Session) -> None:
+        """Return if this code works with the database and can write, else raise as above."""
+        self.check(session)
+        check_writable(session)

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,28 @@ def assert_ready_within_a_second(client: httpx2.Client) -> None:
         assert client.get("/heroes/").status_code == 200
 
 
+def test_a_service_with_too_much_load_is_ready(database_url: URL) -> None:
+    """Otherwise a load balancer would take each worker out, one after the other."""
+    statuses: Counter[int] = Counter()
+    is_over = threading.Event()
+
+    def read(client: httpx2.Client) -> None:
+        while not is_over.is_set():
+            statuses[client.get("/heroes/?name=a").status_code] += 1  # Not batched.
+
+    small = settings(database_url, database_pool_size=1, database_queue_size=2)
+    with serve(small) as service, service.client() as client, ThreadPoolExecutor() as threads:
+        assert client.get("/health/ready").status_code == 200
+        for _ in range(8):
+            threads.submit(read, client)
+        try:
+            ready = {client.get("/health/ready").status_code for _ in range(100)}
+        finally:
+            is_over.set()
+    assert ready == {200}
+    assert statuses[503], "the control: clients are refused"
+
+
 def test_a_request_to_a_hanging_database_server_is_503_in_time(
     own_postgres: EmbeddedPostgres, migrate: Migrators
 ) -> None:
@@ -126,6 +150,7 @@ def test_a_request_to_a_hanging_database_server_is_503_in_time(
             assert client.get("/heroes/").status_code == 503
             waited = time.monotonic() - start
             assert client.get("/health/live").status_code == 200
+            assert client.get("/health/ready").status_code == 503
         finally:
             for pid in processes:
                 os.kill(pid, signal.SIGCONT)
