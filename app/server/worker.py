@@ -33,6 +33,8 @@ class DrainingServer(Server):
 
     async def shutdown(self, sockets: object = None) -> None:  # noqa: ARG002  (Closed with the servers.)
         self.lifespan.state["draining"] = True  # For /health/ready.
+        # The event loop accepts the connections that wait. To close the listener resets them.
+        await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         close = (b"connection", b"close")

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, Engine, text
 
+from app.application import create_app
 from app.db.revisions import Revisions
 from app.server.protocol import BoundedProtocol
+from app.server.worker import DrainingServer
 from tests.faults.load import Load
 from tests.postgres import Postgres
 from tests.processes import Gunicorn, alive, gunicorn
@@ -136,6 +139,37 @@ def test_sigterm_completes_requests_in_flight_with_connection_close(
         thread.join(20)
     # Without the header a client sends its next request on a connection that is about to close.
     assert responses == [(200, "close")] * len(threads)
+
+
+def test_a_connection_that_waits_while_the_worker_stops_is_served(database_url: URL) -> None:
+    """The kernel has accepted it. The end of the listener would reset it."""
+    is_blocked = threading.Event()
+
+    class Blocking(BoundedProtocol):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if b"/docs" in data:
+                is_blocked.set()
+                time.sleep(0.5)  # The connection comes after the last look at the listener.
+
+    app = create_app(settings(database_url))
+    server = DrainingServer(
+        uvicorn.Config(app, port=0, http=Blocking, loop="uvloop", log_config=None)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    request = b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as first:
+        first.sendall(request % b"/docs")
+        assert is_blocked.wait(5)
+        server.should_exit = True
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as waiting:
+            waiting.sendall(request % b"/health/live")
+            assert waiting.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+    thread.join(10)
 
 
 def test_a_draining_worker_is_not_ready_and_sends_connection_close(
