@@ -150,7 +150,7 @@ def test_a_connection_that_waits_while_the_worker_stops_is_served(database_url: 
             super().data_received(data)
             if b"/docs" in data:
                 is_blocked.set()
-                time.sleep(0.5)  # The connection comes after the last look at the listener.
+                time.sleep(0.5)  # The connection comes after the loop has checked the listener.
 
     app = create_app(settings(database_url))
     server = DrainingServer(
