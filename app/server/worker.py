@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import select
 import sys
 import tempfile
 import time
@@ -33,17 +34,24 @@ class DrainingServer(Server):
 
     async def shutdown(self, sockets: object = None) -> None:  # noqa: ARG002  (Closed with the servers.)
         self.lifespan.state["draining"] = True  # For /health/ready.
-        # The event loop accepts the connections that wait. To close the listener resets them.
-        await asyncio.sleep(0)
+        deadline = time.monotonic() + self.drain_seconds
+        # The kernel resets the connections that wait in a listener that is closed. uvloop accepts
+        # one connection in each turn of the event loop.
+        waiting = select.poll()
+        for server in self.servers:
+            for listener in server.sockets:
+                waiting.register(listener, select.POLLIN)
+        while waiting.poll(0) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0)
         for server in self.servers:
             server.close()
+        await asyncio.sleep(0)  # The last connection gets its protocol.
         close = (b"connection", b"close")
         self.server_state.default_headers = [*self.server_state.default_headers, close]
         for connection in self.server_state.connections:
             if isinstance(connection, BoundedProtocol):
                 connection.drain()
         logger.info("Draining %d connections", len(self.server_state.connections))
-        deadline = time.monotonic() + self.drain_seconds
         while self.server_state.connections and time.monotonic() < deadline:
             if self.config.callback_notify:  # The heartbeat: without it gunicorn kills the worker.
                 await self.config.callback_notify()

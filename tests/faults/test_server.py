@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -141,16 +142,20 @@ def test_sigterm_completes_requests_in_flight_with_connection_close(
     assert responses == [(200, "close")] * len(threads)
 
 
-def test_a_connection_that_waits_while_the_worker_stops_is_served(database_url: URL) -> None:
-    """The kernel has accepted it. The end of the listener would reset it."""
+def test_connections_that_wait_while_the_worker_stops_are_served(database_url: URL) -> None:
+    """The kernel has completed their handshakes. The end of the listener would reset them."""
     is_blocked = threading.Event()
 
     class Blocking(BoundedProtocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            time.sleep(0.03)  # uvloop accepts one connection in each turn of the event loop.
+
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if b"/docs" in data:
                 is_blocked.set()
-                time.sleep(0.5)  # The connection comes after the loop has checked the listener.
+                time.sleep(0.5)
 
     app = create_app(settings(database_url))
     server = DrainingServer(
@@ -160,16 +165,37 @@ def test_a_connection_that_waits_while_the_worker_stops_is_served(database_url: 
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    request = b"GET %b HTTP/1.1\r\nHost: h\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as first:
+    address = ("127.0.0.1", server.servers[0].sockets[0].getsockname()[1])
+    request = b"GET %b HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    with contextlib.ExitStack() as connections:
+        first = connections.enter_context(socket.create_connection(address, timeout=10))
         first.sendall(request % b"/docs")
         assert is_blocked.wait(5)
         server.should_exit = True
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as waiting:
-            waiting.sendall(request % b"/health/live")
-            assert waiting.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+        waiting = [
+            connections.enter_context(socket.create_connection(address, timeout=10))
+            for _ in range(10)
+        ]
+        for connection in waiting:
+            connection.sendall(request % b"/health/live")
+        for connection in waiting:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
     thread.join(10)
+
+
+def test_a_stop_resets_no_connection(database_url: URL, tmp_path: Path) -> None:
+    """Connections arrive until the listener is closed."""
+    reset: list[str] = []
+    for _ in range(3):
+        with gunicorn(database_url, tmp_path, WEB_CONCURRENCY="1") as server:
+            load = Load(server.port, keep_alive_clients=0, fresh_clients=16, pause_seconds=0.002)
+            with load.running():
+                while load.answered < 200:
+                    time.sleep(0.01)
+                server.stop()
+        assert any("ConnectionRefusedError" in error for error in load.lost)
+        reset += [error for error in load.lost if "ConnectionRefusedError" not in error]
+    assert reset == []
 
 
 def test_a_draining_worker_is_not_ready_and_sends_connection_close(
