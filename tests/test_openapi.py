@@ -171,7 +171,7 @@ REFERENCES = {
 }
 # The HTTP server refuses bad values of these headers before the service gets a request.
 OF_HTTP = ("Connection", "Content-Length", "Expect", "Host", "Transfer-Encoding", "Upgrade")
-EACH = 150  # For 7 operations and 2 modes: 2,100 requests in total.
+EACH = 75  # For 7 operations and 2 modes. Each database gets other requests: 2,100 in total.
 
 
 def test_responses_to_generated_requests_conform_to_the_schema(
@@ -189,11 +189,11 @@ def test_responses_to_generated_requests_conform_to_the_schema(
         for operation in operations:
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
+                @hypothesis.seed(backend)  # The same requests in each run.
                 @hypothesis.settings(
                     max_examples=EACH,
                     deadline=None,
                     database=None,
-                    derandomize=True,  # A flaky test is of no use.
                     phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck),
                 )
@@ -209,7 +209,7 @@ def test_responses_to_generated_requests_conform_to_the_schema(
                     case.validate_response(response)
 
                 send()
-    assert statuses.total() >= 2000
+    assert statuses.total() >= 1000
     counts = ", ".join(
         f"{mode} {status}: {count}" for (mode, status), count in sorted(statuses.items())
     )
