@@ -72,7 +72,7 @@ check: lint
 
 # Only a run of all tests measures coverage. Tests that take over 5 s are listed.
 test: check
-	$(BIN)/pytest --numprocesses auto --dist loadfile --durations 0 --durations-min 5 \
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 0 --durations-min 5 \
 		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
 
 faults: install

@@ -49,6 +49,21 @@ def pytest_testnodedown(node: Any) -> None:
     node.config.stash[_FIGURES] += getattr(node, "workeroutput", {}).get("figures", [])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, because the tests wait for half of their time."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest test. Do not measure coverage where it costs most."""
+    items.sort(key=lambda item: item.path.name != "test_walks.py")
+    for item in items:
+        # Their clients run in this process, and coverage would halve the load.
+        if item.path.parent.name == "faults":
+            item.add_marker("no_cover")
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
