@@ -324,7 +324,7 @@ def test_a_write_whose_connection_is_lost_is_503_with_an_unknown_outcome(
             "detail": "The database did not confirm the write: it may have happened"
         }
         assert "retry-after" not in unknown.headers
-        # In a transaction, nothing is written before the COMMIT is sent.
+        # A transaction stores no row before its COMMIT is sent.
         known = lose(**{"Idempotency-Key": "k"})
         assert known.status_code == 503
         assert known.json() == {"detail": "The database is unavailable"}
@@ -344,7 +344,7 @@ def test_a_write_that_the_server_does_not_confirm_in_time_has_an_unknown_outcome
             return client.post("/heroes/", json=DEADPOND)
 
     assert "may have happened" in create(url).json()["detail"]
-    # The control: with the server's timeout, nothing is written for sure.
+    # The control: with the server's timeout, the write has certainly not happened.
     known = create(database_url)
     assert known.json() == {"detail": "The database is unavailable"}
     assert known.headers["retry-after"] == "1"
