@@ -20,6 +20,10 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# Seconds after which a stopping worker closes its listeners even if connections still wait. The
+# accepted connections need the rest of the time.
+MAX_ACCEPT_SECONDS = 5
+
 
 class DrainingServer(Server):
     """Stops without losing a request that a client has sent.
@@ -34,14 +38,14 @@ class DrainingServer(Server):
 
     async def shutdown(self, sockets: object = None) -> None:  # noqa: ARG002  (Closed with the servers.)
         self.lifespan.state["draining"] = True  # For /health/ready.
-        deadline = time.monotonic() + self.drain_seconds
+        start = time.monotonic()
         # The kernel resets the connections that wait in a listener that is closed. uvloop accepts
         # one connection in each turn of the event loop.
         waiting = select.poll()
         for server in self.servers:
             for listener in server.sockets:
                 waiting.register(listener, select.POLLIN)
-        while waiting.poll(0) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while waiting.poll(0) and time.monotonic() < start + MAX_ACCEPT_SECONDS:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
@@ -52,6 +56,7 @@ class DrainingServer(Server):
             if isinstance(connection, BoundedProtocol):
                 connection.drain()
         logger.info("Draining %d connections", len(self.server_state.connections))
+        deadline = start + self.drain_seconds
         while self.server_state.connections and time.monotonic() < deadline:
             if self.config.callback_notify:  # The heartbeat: without it gunicorn kills the worker.
                 await self.config.callback_notify()
