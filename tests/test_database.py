@@ -6,8 +6,10 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import URL, Engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
@@ -382,6 +384,36 @@ def test_a_prepared_statement_outlives_a_change_of_its_columns_type(
             call = _Call(heroes.get, 5)
             with pytest.raises(DBAPIError, match="cached plan"):
                 await service._run_once(service._autocommit, call, lambda: (row.id,))
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
+def test_connections_are_replaced_for_all_calls_while_the_pool_is_drained(
+    database_url: URL, database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool waits for its lock if other tasks use it. The other calls do not wait for that."""
+    drain = AsyncConnectionPool.drain
+
+    async def wait_and_drain(pool: AsyncConnectionPool[Any]) -> None:
+        await asyncio.sleep(0.2)
+        await drain(pool)
+
+    monkeypatch.setattr(AsyncConnectionPool, "drain", wait_and_drain)
+
+    async def work() -> None:
+        async with closing(Database(database_url, pool_size=3, timeout=5)) as service:
+            row = await service.run(heroes.create, HERO)
+
+            async def read() -> None:
+                reads = (service.run(heroes.get, row.id) for _ in range(3))
+                assert await asyncio.gather(*reads) == [row] * 3
+
+            for _ in range(10):
+                await read()
+            with database.connect() as connection:
+                connection.execute(text("ALTER TABLE hero ALTER COLUMN age TYPE bigint"))
+            await read()
 
     asyncio.run(work())
 

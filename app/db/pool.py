@@ -121,7 +121,7 @@ class ConnectionPool:
         )
 
     async def acquire(self) -> PooledConnection:
-        """Wait for a connection that the server has not closed, and return it.
+        """Wait for a connection that is neither drained nor closed by the server, and return it.
 
         Raises `DatabaseUnavailable` if there is none and the last attempt to make one failed.
         """
@@ -131,7 +131,9 @@ class ConnectionPool:
             if self.error and not any(self.connections):
                 raise DatabaseUnavailable(self.error)
             connection = await self._pool.getconn()
-            if not _is_closed(connection):
+            # A call can release a connection, and another one can get it, while a drain starts.
+            is_drained = connection.made_at <= self._drained_at
+            if not (is_drained or _is_closed(connection)):
                 self._in_use += 1
                 return connection
             await connection.close()
