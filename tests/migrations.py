@@ -1,14 +1,13 @@
 """The `alembic` command, and copies of the project for it."""
 
-import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import URL
 
+from tests.processes import run_python, run_python_concurrently
 from tests.service import BIN, ROOT, environment
 
 
@@ -17,53 +16,25 @@ class Migration(NamedTuple):
     output: str
 
 
-class Migrators:
-    """The `alembic` command, run by tests/migrator.py."""
+def migrate(database_url: URL | str, *arguments: str, check: bool = True, **env: str) -> Migration:
+    """Run `alembic ARGUMENTS`, as an operator does."""
+    ended = run_python("-m", "alembic", *arguments, env=_environment(database_url, **env))
+    migration = Migration(ended.returncode, ended.stdout + ended.stderr)
+    assert migration.returncode == 0 or not check, migration.output
+    return migration
 
-    def __init__(self, folder: Path) -> None:
-        self._output = folder / "output"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.migrator"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
-    def __call__(
-        self, database_url: URL | str, *arguments: str, check: bool = True, **env: str
-    ) -> Migration:
-        """`alembic ARGUMENTS`, as an operator runs it."""
-        [migration] = self.at_once(1, database_url, *arguments, **env)
-        assert migration.returncode == 0 or not check, migration.output
-        return migration
+def upgrade_concurrently(count: int, database_url: URL) -> list[Migration]:
+    """Run `alembic upgrade head` in `count` processes at the same time."""
+    command = ("-m", "alembic", "upgrade", "head")
+    return [
+        Migration(ended.returncode, ended.stdout + ended.stderr)
+        for ended in run_python_concurrently(count, *command, env=_environment(database_url))
+    ]
 
-    def at_once(
-        self, count: int, database_url: URL | str, *arguments: str, **env: str
-    ) -> list[Migration]:
-        """The same by `count` migrators at the same time."""
-        assert self._process.stdin
-        assert self._process.stdout
-        request = {
-            "argv": arguments,
-            "env": {"LOG_FORMAT": "console"} | environment(database_url, **env),
-            "count": count,
-            "output": str(self._output),
-        }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        codes = json.loads(self._process.stdout.readline())
-        return [
-            Migration(code, Path(f"{self._output}.{number}").read_text())
-            for number, code in enumerate(codes)
-        ]
 
-    def close(self) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(10)
+def _environment(database_url: URL | str, **env: str) -> dict[str, str]:
+    return {"LOG_FORMAT": "console"} | environment(database_url, **env)
 
 
 def alembic(

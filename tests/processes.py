@@ -1,5 +1,6 @@
-"""The service as a process of its own, under uvicorn and under gunicorn."""
+"""Processes of the service: its commands, uvicorn and gunicorn."""
 
+import atexit
 import json
 import os
 import signal
@@ -8,12 +9,78 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from sqlalchemy import URL
 
 from tests.service import BIN, ROOT, Answer, Connection, Service, environment
+
+
+class Ended(NamedTuple):
+    """The result of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_python(
+    *arguments: str | Path, env: dict[str, str], cwd: Path = ROOT, given: str | bytes = ""
+) -> Ended:
+    """Run `python ARGUMENTS`, of the form `-m MODULE ...` or `-c CODE ...`, in a fork.
+
+    Commands that a test stops, or whose installation matters, are processes of their own instead.
+    """
+    [ended] = run_python_concurrently(1, *arguments, env=env, cwd=cwd, given=given)
+    return ended
+
+
+def run_python_concurrently(
+    count: int,
+    *arguments: str | Path,
+    env: dict[str, str],
+    cwd: Path = ROOT,
+    given: str | bytes = "",
+) -> list[Ended]:
+    """Run the same command in `count` forks at the same time."""
+    forks = _forks()
+    assert forks.stdin
+    assert forks.stdout
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        stdin = folder / "stdin"
+        stdin.write_bytes(given if isinstance(given, bytes) else given.encode())
+        outputs = [(folder / f"stdout{n}", folder / f"stderr{n}") for n in range(count)]
+        request = {
+            "arguments": arguments,
+            "cwd": cwd,
+            "env": env,
+            "stdin": stdin,
+            "outputs": outputs,
+        }
+        forks.stdin.write(json.dumps(request, default=str) + "\n")
+        forks.stdin.flush()
+        codes = json.loads(forks.stdout.readline())
+        return [
+            Ended(code, *(path.read_bytes().decode() for path in paths))
+            for code, paths in zip(codes, outputs, strict=True)
+        ]
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    """Start tests/forks.py, which ends with this process."""
+    forks = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "forks.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(forks.communicate)
+    return forks
 
 
 @contextmanager

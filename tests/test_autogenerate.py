@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import pytest
 from sqlalchemy import URL, Engine, inspect, text
 
 from tests.migrations import copy_project
+from tests.processes import run_python
 from tests.schemas import schema_of
 from tests.service import BIN, engine, environment
 from tests.test_migrations import EVERYWHERE, HEAD, insert, rows, squawk
@@ -49,15 +49,9 @@ class Run(NamedTuple):
 
 def alembic(project: Path, url: URL, *commands: list[str]) -> Run:
     """Run several commands of alembic in one process, until one fails."""
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(commands)],
-        cwd=project,
-        env=environment(url, LOG_FORMAT="console", PYTHONPATH=str(project)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return Run(ended.returncode, ended.stdout)
+    env = environment(url, LOG_FORMAT="console")
+    ended = run_python("-c", RUN, json.dumps(commands), env=env, cwd=project)
+    return Run(ended.returncode, ended.stdout + ended.stderr)
 
 
 def generate(message: str) -> list[str]:
@@ -174,15 +168,10 @@ def test_a_generated_change_is_safe_and_the_same_on_both_databases(
     )
     assert linted.returncode == 0, linted.stdout
 
-    offline = environment("postgresql://h/db", LOG_LEVEL="ERROR", PYTHONPATH=str(project))
-    sql = subprocess.run(
-        [BIN / "alembic", "upgrade", f"{HEAD}:head", "--sql"],
-        cwd=project,
-        env=offline,
-        check=True,
-        capture_output=True,
-    )
-    (project / "generated.sql").write_bytes(sql.stdout)
+    offline = environment("postgresql://h/db", LOG_LEVEL="ERROR")
+    sql = run_python("-m", "alembic", "upgrade", f"{HEAD}:head", "--sql", env=offline, cwd=project)
+    assert sql.returncode == 0, sql.stderr
+    (project / "generated.sql").write_text(sql.stdout)
     assert squawk(project / "generated.sql") - EVERYWHERE.keys() == set()
 
     run = alembic(project, database_url, ["downgrade", HEAD], to_head, ["check"])

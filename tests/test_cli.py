@@ -16,20 +16,15 @@ from typing import Any
 import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
+from tests.processes import Ended, run_python
 from tests.service import BIN, Service, environment
 from tests.test_bulk import HEROES, as_csv, ndjson, rows
 
 
 def heroes(
     database_url: URL | str, *arguments: str | Path, given: bytes = b"", **env: str
-) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [BIN / "heroes", *arguments],
-        input=given,
-        capture_output=True,
-        env=environment(database_url, **env),
-        timeout=60,
-    )
+) -> Ended:
+    return run_python("-m", "app", *arguments, env=environment(database_url, **env), given=given)
 
 
 def test_python_dash_m_app_is_the_same_command(tmp_path: Path) -> None:
@@ -55,8 +50,8 @@ def test_files_of_every_format_are_imported_and_exported(
         (tmp_path / name).write_bytes(body)
         done = heroes(database_url, "import", tmp_path / name)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == b""
-        assert b"Imported 8 rows in " in done.stderr
+        assert done.stdout == ""
+        assert "Imported 8 rows in " in done.stderr
     assert rows(database) == [tuple(hero.values()) for hero in HEROES] * 4
 
     with service.client() as client:
@@ -67,7 +62,7 @@ def test_files_of_every_format_are_imported_and_exported(
         ):
             done = heroes(database_url, "export", tmp_path / name)
             assert done.returncode == 0, done.stderr
-            assert b"Exported 32 rows in " in done.stderr
+            assert "Exported 32 rows in " in done.stderr
             file_format = name.split(".")[1]
             expected = client.get("/heroes/export", params={"format": file_format}).content
             found = read(tmp_path / name)
@@ -99,7 +94,7 @@ def test_a_dash_means_standard_input_or_output(database_url: URL, database: Engi
         hero["name"] for hero in HEROES
     ]
     assert heroes(database_url, "export", "-", "--format", "csv").stdout.startswith(
-        b"id,name,age\r\n"
+        "id,name,age\r\n"
     )
 
 
@@ -110,7 +105,7 @@ def test_an_invalid_file_is_refused_with_its_lines_and_nothing_is_written(
     file.write_bytes(ndjson(HEROES * 1000) + b'{"name": "", "secret_name": "s"}\n{\n')
     done = heroes(database_url, "import", file)
     assert done.returncode == 1
-    lines = done.stderr.decode().splitlines()
+    lines = done.stderr.splitlines()
     assert lines[-3].startswith(f"{file}:8001: name: String should have at least 1 character")
     assert lines[-2].startswith(f"{file}:8002: Invalid JSON: EOF while parsing")
     assert lines[-1] == "heroes: nothing was imported"
@@ -126,7 +121,7 @@ def test_seed_creates_the_same_heroes_each_time(database_url: URL, database: Eng
     assert len(set(found)) == 1500
     assert {age is None for _, age, _ in found} == {True, False}
 
-    exported = heroes(database_url, "export", "-", "--format", "csv").stdout.decode()
+    exported = heroes(database_url, "export", "-", "--format", "csv").stdout
     assert exported == "id,name,age\r\n" + "".join(
         f"{number},{name},{'' if age is None else age}\r\n"
         for number, (name, age, _) in enumerate(found, 1)
@@ -139,16 +134,16 @@ def test_invalid_arguments_and_settings_exit_with_code_2(tmp_path: Path) -> None
         assert heroes(url, *arguments).returncode == 2, arguments
     wrong = heroes("mysql://heroes", "export", "-")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith(b"heroes: DATABASE_URL must be ")
+    assert wrong.stderr.startswith("heroes: DATABASE_URL must be ")
 
 
 def test_a_missing_file_is_reported_in_one_line(database_url: URL, tmp_path: Path) -> None:
     missing = heroes(database_url, "import", tmp_path / "missing.csv")
     assert missing.returncode == 1
-    assert missing.stderr.decode() == f"heroes: {tmp_path}/missing.csv: No such file or directory\n"
+    assert missing.stderr == f"heroes: {tmp_path}/missing.csv: No such file or directory\n"
     nowhere = heroes(database_url, "export", tmp_path / "missing" / "heroes.csv")
     assert nowhere.returncode == 1
-    assert nowhere.stderr.decode().endswith("missing/heroes.csv: No such file or directory\n")
+    assert nowhere.stderr.endswith("missing/heroes.csv: No such file or directory\n")
 
 
 def test_a_database_that_is_down_or_not_migrated_is_exit_code_3_with_one_line(
@@ -156,11 +151,11 @@ def test_a_database_that_is_down_or_not_migrated_is_exit_code_3_with_one_line(
 ) -> None:
     behind = heroes(empty_database, "seed", "1")
     assert behind.returncode == 3
-    assert behind.stderr == b"heroes: the schema is behind, run alembic upgrade head\n"
+    assert behind.stderr == "heroes: the schema is behind, run alembic upgrade head\n"
     down = heroes("postgresql://heroes@127.0.0.1:1/heroes", "export", tmp_path / "heroes.csv")
     assert down.returncode == 3
-    assert down.stderr.startswith(b"heroes: the database failed: connection failed: ")
-    assert down.stderr.count(b"\n") == 1
+    assert down.stderr.startswith("heroes: the database failed: connection failed: ")
+    assert down.stderr.count("\n") == 1
     assert list(tmp_path.glob("*.csv*")) == []
 
 
@@ -226,7 +221,7 @@ def test_exports_of_the_command_and_the_api_contain_no_secret_name(
     secret: dict[str, Any] = {"name": "a", "secret_name": "unsaid"}
     heroes(database_url, "import", "-", given=ndjson([secret]))
     for file_format in ("csv", "ndjson"):
-        assert b"unsaid" not in heroes(database_url, "export", "-", "--format", file_format).stdout
+        assert "unsaid" not in heroes(database_url, "export", "-", "--format", file_format).stdout
         with service.client() as client:
             response = client.get("/heroes/export", params={"format": file_format})
             assert b"unsaid" not in response.content
@@ -241,9 +236,9 @@ def test_an_error_of_the_database_is_reported_without_the_row(
     twice = ndjson([{"name": "a", "secret_name": "unsaid"}] * 2)
     done = heroes(database_url, "import", "-", given=twice)
     assert done.returncode == 3
-    assert done.stderr.startswith(b"heroes: the database failed: ")
-    assert b"unsaid" not in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith("heroes: the database failed: ")
+    assert "unsaid" not in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("backend", ["postgresql"], indirect=True)

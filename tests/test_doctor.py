@@ -1,6 +1,5 @@
 """The command `heroes doctor`: each finding is seeded into a database without findings."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from sqlmodel import Session, SQLModel
 from app.db.doctor import findings
 from app.db.revisions import Revisions
 from tests.postgres import Postgres
-from tests.service import BIN, environment
+from tests.processes import run_python
+from tests.service import environment
 from tests.test_environments import role
 
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
@@ -32,13 +32,7 @@ GRANTS = """
 
 def doctor(url: URL | str, **env: str) -> tuple[int, list[str], list[str]]:
     """Run the command; return its exit code and the lines of stdout and stderr."""
-    ended = subprocess.run(
-        [BIN / "heroes", "doctor"],
-        capture_output=True,
-        text=True,
-        env=environment(url, **env),
-        timeout=60,
-    )
+    ended = run_python("-m", "app", "doctor", env=environment(url, **env))
     return ended.returncode, ended.stdout.splitlines(), ended.stderr.splitlines()
 
 

@@ -17,8 +17,9 @@ from sqlalchemy import URL, Engine, create_engine, text
 
 from app.api.exception_handlers import SQLSTATES
 from tests.examples import DEADPOND
-from tests.migrations import Migrators, copy_project
+from tests.migrations import copy_project, migrate
 from tests.postgres import Postgres
+from tests.processes import run_python
 from tests.schemas import schema_of
 from tests.service import BIN, Service, environment, serve, settings
 from tests.test_migrations import tutorials_database
@@ -149,7 +150,7 @@ def answer_to(service: Service, database: Engine, state: str) -> httpx2.Response
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
 def test_a_database_with_another_encoding_is_refused_by_one_line(
-    postgres: Postgres, migrate: Migrators, encoding: str, caplog: pytest.LogCaptureFixture
+    postgres: Postgres, encoding: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = f"heroes_test_{uuid.uuid4().hex}"
     with postgres.connect() as connection:
@@ -165,9 +166,7 @@ def test_a_database_with_another_encoding_is_refused_by_one_line(
         with serve(settings(url)) as service, service.client() as client:
             assert client.get("/health/ready").status_code == 503
         assert "its encoding is not UTF8" in caplog.text
-        command = subprocess.run(
-            [BIN / "heroes", "seed", "1"], env=environment(url), capture_output=True, text=True
-        )
+        command = run_python("-m", "app", "seed", "1", env=environment(url))
         assert command.returncode == 3
         assert command.stderr.startswith("heroes: The database cannot be used: its encoding")
         assert command.stderr.count("\n") == 1
@@ -194,7 +193,7 @@ OTHER_APPLICATIONS = {
 @postgresql_only
 @pytest.mark.parametrize("statements", OTHER_APPLICATIONS.values(), ids=OTHER_APPLICATIONS)
 def test_tables_of_other_applications_are_left_out_of_generated_revisions(
-    database_url: URL, database: Engine, migrate: Migrators, statements: str
+    database_url: URL, database: Engine, statements: str
 ) -> None:
     with database.connect() as connection:
         for statement in statements.split(";\n"):
@@ -208,7 +207,7 @@ def test_tables_of_other_applications_are_left_out_of_generated_revisions(
 @postgresql_only
 @pytest.mark.parametrize("set_by", ["the role", "the URL"])
 def test_a_search_path_other_than_public_is_used_by_all_commands(
-    empty_database: URL, postgres: Postgres, migrate: Migrators, set_by: str
+    empty_database: URL, postgres: Postgres, set_by: str
 ) -> None:
     """The schema `public` has the tables of another application with the same names."""
     path = "heroes_schema"
@@ -243,9 +242,7 @@ def test_a_search_path_other_than_public_is_used_by_all_commands(
             assert client.get("/health/ready").status_code == 200
             created = client.post("/heroes/", json=DEADPOND, headers={"Idempotency-Key": "k"})
             assert created.status_code == 200
-        checked = subprocess.run(
-            [BIN / "heroes", "doctor"], env=environment(service), capture_output=True, text=True
-        )
+        checked = run_python("-m", "app", "doctor", env=environment(service))
         assert checked.stdout == "no findings\n"
 
 
@@ -320,9 +317,7 @@ def test_the_id_of_a_deleted_hero_is_not_used_again(client: httpx2.Client) -> No
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_ids_continue_after_those_of_an_adopted_table(
-    empty_database: URL, migrate: Migrators
-) -> None:
+def test_ids_continue_after_those_of_an_adopted_table(empty_database: URL) -> None:
     tutorials_database(empty_database)
     engine = create_engine(empty_database)
     with engine.begin() as connection:
@@ -381,7 +376,7 @@ OTHER_HEROES = {
 @postgresql_only
 @pytest.mark.parametrize("difference", OTHER_HEROES)
 def test_a_table_that_a_later_revision_could_not_change_is_refused_by_the_first(
-    empty_database: URL, migrate: Migrators, difference: str
+    empty_database: URL, difference: str
 ) -> None:
     tutorials_database(empty_database)
     statements, message = OTHER_HEROES[difference]
@@ -399,9 +394,7 @@ def test_a_table_that_a_later_revision_could_not_change_is_refused_by_the_first(
 
 
 @postgresql_only
-def test_a_table_of_another_owner_is_refused(
-    empty_database: URL, migrate: Migrators, postgres: Postgres
-) -> None:
+def test_a_table_of_another_owner_is_refused(empty_database: URL, postgres: Postgres) -> None:
     tutorials_database(empty_database)
     grants = "GRANT ALL ON SCHEMA public TO ROLE; GRANT ALL ON ALL TABLES IN SCHEMA public TO ROLE"
     with role(postgres, empty_database, grants) as url:
@@ -411,9 +404,7 @@ def test_a_table_of_another_owner_is_refused(
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
-def test_a_trigger_that_sqlites_rebuild_would_drop_is_refused(
-    empty_database: URL, migrate: Migrators
-) -> None:
+def test_a_trigger_that_sqlites_rebuild_would_drop_is_refused(empty_database: URL) -> None:
     tutorials_database(empty_database)
     engine = create_engine(empty_database)
     with engine.begin() as connection:
@@ -438,9 +429,7 @@ def test_a_trigger_that_sqlites_rebuild_would_drop_is_refused(
         "ALTER TABLE hero REPLICA IDENTITY FULL",
     ],
 )
-def test_a_harmless_difference_is_adopted(
-    empty_database: URL, migrate: Migrators, statements: str
-) -> None:
+def test_a_harmless_difference_is_adopted(empty_database: URL, statements: str) -> None:
     tutorials_database(empty_database)
     engine = create_engine(empty_database)
     with engine.begin() as connection:

@@ -18,7 +18,7 @@ from sqlmodel import Session
 
 from app.db.pagination import Cursor, Page
 from app.heroes import heroes
-from tests.migrations import Migrators
+from tests.migrations import migrate
 from tests.postgres import Postgres
 
 SORTS = list(heroes.orders)
@@ -262,7 +262,7 @@ MILLION = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def million(postgres: Postgres, migrate: Migrators) -> Iterator[Engine]:
+def million(postgres: Postgres) -> Iterator[Engine]:
     """A million heroes on PostgreSQL."""
     name = f"heroes_million_{uuid.uuid4().hex}"
     url: URL = postgres.create(name)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import uuid
 from collections.abc import Iterator
@@ -25,10 +24,11 @@ from sqlmodel import SQLModel
 
 from app.db import autogenerate, migrations
 from app.db.revisions import Revisions
-from tests.migrations import Migrators, alembic, copy_project
+from tests.migrations import copy_project, migrate
 from tests.postgres import Postgres
+from tests.processes import run_python
 from tests.schemas import schema_of
-from tests.service import BIN, ROOT, engine, serve, settings
+from tests.service import BIN, ROOT, engine, environment, serve, settings
 
 SCRIPTS = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
@@ -111,7 +111,7 @@ def version_of(archive: Path) -> list[int]:
 
 
 def test_every_revision_upgrades_downgrades_and_upgrades_again_with_rows(
-    empty_database: URL, outside: Engine, migrate: Migrators
+    empty_database: URL, outside: Engine
 ) -> None:
     for revision in REVISIONS:
         migrate(empty_database, "upgrade", revision)
@@ -153,7 +153,7 @@ def test_the_migrations_create_the_schema_of_the_models(
     assert schema_of(database_url) == schema_of(empty_database)
 
 
-def test_alembic_check_finds_nothing_to_do(database_url: URL, migrate: Migrators) -> None:
+def test_alembic_check_finds_nothing_to_do(database_url: URL) -> None:
     assert "No new upgrade operations detected." in migrate(database_url, "check").output
 
 
@@ -213,16 +213,13 @@ def test_every_kind_of_drift_is_detected(
 def tutorials_database(url: URL) -> None:
     """Create the database as the tutorial's own code does."""
     create = "from tests.tutorial import *; SQLModel.metadata.create_all(engine)"
-    subprocess.run(
-        [sys.executable, "-c", create],
-        cwd=ROOT,
-        env=os.environ | {"TUTORIAL_DATABASE_URL": url.render_as_string(hide_password=False)},
-        check=True,
-    )
+    env = os.environ | {"TUTORIAL_DATABASE_URL": url.render_as_string(hide_password=False)}
+    ended = run_python("-c", create, env=env)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_upgrade_of_the_tutorials_database_keeps_its_rows(
-    empty_database: URL, outside: Engine, migrate: Migrators, database_url: URL
+    empty_database: URL, outside: Engine, database_url: URL
 ) -> None:
     tutorials_database(empty_database)
     insert(outside)
@@ -246,7 +243,7 @@ OTHER_TABLES = {
 
 @pytest.mark.parametrize("change", OTHER_TABLES)
 def test_a_different_table_named_hero_is_refused_and_not_changed(
-    empty_database: URL, outside: Engine, migrate: Migrators, change: str
+    empty_database: URL, outside: Engine, change: str
 ) -> None:
     tutorials_database(empty_database)
     statements, difference = OTHER_TABLES[change]
@@ -279,7 +276,7 @@ DEPENDENTS = {
 @postgresql_only
 @pytest.mark.parametrize("change", DEPENDENTS)
 def test_a_tutorials_table_with_other_dependents_of_its_id_is_refused(
-    empty_database: URL, outside: Engine, migrate: Migrators, change: str
+    empty_database: URL, outside: Engine, change: str
 ) -> None:
     tutorials_database(empty_database)
     statements, difference = DEPENDENTS[change]
@@ -293,9 +290,7 @@ def test_a_tutorials_table_with_other_dependents_of_its_id_is_refused(
 
 
 @postgresql_only
-def test_the_migrations_use_the_options_of_the_url(
-    empty_database: URL, outside: Engine, migrate: Migrators
-) -> None:
+def test_the_migrations_use_the_options_of_the_url(empty_database: URL, outside: Engine) -> None:
     with outside.connect() as connection:
         connection.execute(text("CREATE SCHEMA elsewhere"))
     url = empty_database.update_query_dict({"options": "-c search_path=elsewhere"})
@@ -323,7 +318,7 @@ def test_a_hanging_migrator_loses_its_locks(empty_database: URL) -> None:
 
 
 def test_old_rows_that_violate_a_constraint_are_kept_and_new_ones_are_refused(
-    empty_database: URL, outside: Engine, migrate: Migrators
+    empty_database: URL, outside: Engine
 ) -> None:
     tutorials_database(empty_database)
     insert(outside)
@@ -351,7 +346,7 @@ def test_ids_larger_than_int4_are_assigned_and_found(database_url: URL, database
 
 
 def test_the_migration_url_overrides_the_url_of_the_service(
-    empty_database: URL, outside: Engine, migrate: Migrators
+    empty_database: URL, outside: Engine
 ) -> None:
     given = empty_database.render_as_string(hide_password=False)
     migrate("sqlite:////nowhere/heroes.db", "upgrade", "head", MIGRATION_DATABASE_URL=given)
@@ -359,9 +354,7 @@ def test_the_migration_url_overrides_the_url_of_the_service(
 
 
 @postgresql_only
-def test_a_password_may_contain_any_character(
-    postgres: Postgres, empty_database: URL, migrate: Migrators
-) -> None:
+def test_a_password_may_contain_any_character(postgres: Postgres, empty_database: URL) -> None:
     role, password = f"role_{uuid.uuid4().hex}", "a%b@c:d/e?f#g'h\"i$j é%20%(here)s"
     with postgres.connect(empty_database.database) as connection:
         create = sql.SQL("CREATE ROLE {0} LOGIN PASSWORD {1}; GRANT ALL ON SCHEMA public TO {0}")
@@ -375,7 +368,7 @@ def test_a_password_may_contain_any_character(
 
 @postgresql_only
 def test_offline_sql_creates_the_same_schema(
-    database_url: URL, empty_database: URL, outside: Engine, migrate: Migrators
+    database_url: URL, empty_database: URL, outside: Engine
 ) -> None:
     offline = migrate(database_url, "upgrade", "head", "--sql", LOG_LEVEL="ERROR").output
     with outside.connect() as connection:
@@ -423,7 +416,7 @@ def squawk(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_squawk_finds_only_the_listed_exceptions_in_a_revision(
-    revision: str, migrate: Migrators, tmp_path: Path
+    revision: str, tmp_path: Path
 ) -> None:
     before = REVISIONS[REVISIONS.index(revision) - 1] if revision != REVISIONS[0] else "base"
     statements = migrate(
@@ -449,7 +442,7 @@ def test_squawk_finds_an_index_that_is_not_built_concurrently(tmp_path: Path) ->
 
 
 def test_a_database_of_a_newer_release_is_not_changed_and_the_service_is_ready(
-    database_url: URL, database: Engine, migrate: Migrators
+    database_url: URL, database: Engine
 ) -> None:
     with database.connect() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -468,7 +461,7 @@ def test_a_database_of_a_newer_release_is_not_changed_and_the_service_is_ready(
 
 @postgresql_only
 def test_missing_rights_and_a_read_only_server_are_reported_in_one_line(
-    postgres: Postgres, empty_database: URL, migrate: Migrators
+    postgres: Postgres, empty_database: URL
 ) -> None:
     role = f"role_{uuid.uuid4().hex}"
     name = sql.Identifier(role)
@@ -504,7 +497,7 @@ def assert_one_line(migration: tuple[int, str], expected: str) -> None:
     assert expected in line
 
 
-def test_an_unreachable_server_is_reported_in_one_line(migrate: Migrators, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported_in_one_line(tmp_path: Path) -> None:
     nowhere = migrate("postgresql://u:p@127.0.0.1:1/db", "upgrade", "head", check=False)
     assert_one_line(nowhere, "connection failed")
     no_folder = migrate(f"sqlite:///{tmp_path}/nowhere/h.db", "upgrade", "head", check=False)
@@ -520,9 +513,9 @@ def project(tmp_path: Path) -> Path:
 
 
 def run(project: Path, url: URL, *arguments: str) -> tuple[int, str]:
-    process = alembic(url, *arguments, root=project)
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
+    env = environment(url, LOG_FORMAT="console")
+    ended = run_python("-m", "alembic", *arguments, env=env, cwd=project)
+    return ended.returncode, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

@@ -4,8 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from sqlalchemy import URL, Engine, text
 
 from tests.examples import DEADPOND
 from tests.migrations import copy_project
-from tests.processes import uvicorn_process
+from tests.processes import run_python, uvicorn_process
 from tests.service import ROOT, environment
 from tests.walks import apply
 
@@ -31,15 +29,9 @@ def project(tmp_path: Path) -> Path:
 
 def command(project: Path, url: URL, *arguments: str, given: bytes = b"") -> bytes:
     """The standard output of the command `heroes`."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        cwd=project,
-        env=environment(url, PYTHONPATH=str(project)),
-        input=given,
-        capture_output=True,
-    )
+    ended = run_python("-m", "app", *arguments, env=environment(url), cwd=project, given=given)
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    return ended.stdout.encode()
 
 
 def ndjson(content: bytes) -> list[dict[str, Any]]:

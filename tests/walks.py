@@ -6,6 +6,7 @@ and `@@` divides it into several. A Python block is a new file. A console block 
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -13,13 +14,14 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
+from tests.processes import run_python
 from tests.service import BIN, ROOT, environment
 
 _BLOCK = re.compile(
     r"(?:^\*\*(?P<path>[\w./-]+)\*\*(?:, new)?\n\n)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "node_modules", "*.db*")
+_IGNORED = shutil.ignore_patterns(".git", ".venv", "node_modules", "heroes.db*")
 
 
 def copy_repository(folder: Path) -> Path:
@@ -85,6 +87,12 @@ def _excluded(*names: str) -> list[str]:
 
 def run(command: str, project: Path, url: URL) -> str:
     """Run a command of a page in the copy. `make` does not renew the environment."""
+    if command.startswith("alembic "):
+        done = run_python(
+            *("-m", *shlex.split(command)), env=environment(url, LOG_FORMAT="console"), cwd=project
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
     command = re.sub(r"^make ", "make --old-file=install ", command)
     ended = subprocess.run(
         ["bash", "-c", command],

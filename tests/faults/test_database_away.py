@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
 from tests.examples import DEADPOND
-from tests.migrations import Migrators
+from tests.migrations import migrate
 from tests.postgres import EmbeddedPostgres
 from tests.service import serve, settings
 
@@ -43,7 +43,7 @@ def assert_unavailable(client: httpx2.Client, detail: str = "database") -> None:
 
 
 def test_the_service_uses_a_database_within_a_second_after_it_is_up_again(
-    own_postgres: EmbeddedPostgres, migrate: Migrators
+    own_postgres: EmbeddedPostgres,
 ) -> None:
     """The database is down at the start, then up, then down after use, then up again."""
     migrate(own_postgres.url, "upgrade", "head")
@@ -66,7 +66,7 @@ def test_the_service_uses_a_database_within_a_second_after_it_is_up_again(
 
 
 def test_no_request_fails_after_the_server_closed_idle_connections(
-    own_postgres: EmbeddedPostgres, migrate: Migrators
+    own_postgres: EmbeddedPostgres,
 ) -> None:
     migrate(own_postgres.url, "upgrade", "head")
     with serve(settings(own_postgres.url)) as service, service.client() as client:
@@ -126,7 +126,7 @@ def test_a_service_with_too_much_load_is_ready(database_url: URL) -> None:
 
 
 def test_a_request_to_a_hanging_database_server_is_503_in_time(
-    own_postgres: EmbeddedPostgres, migrate: Migrators
+    own_postgres: EmbeddedPostgres,
 ) -> None:
     """A suspended server accepts data on its sockets and never replies."""
     migrate(own_postgres.url, "upgrade", "head")
@@ -158,9 +158,7 @@ def test_a_request_to_a_hanging_database_server_is_503_in_time(
         assert_ready_within_a_second(client)
 
 
-def test_an_empty_database_is_503_with_a_hint_to_run_the_migrations(
-    empty_database: URL, migrate: Migrators
-) -> None:
+def test_an_empty_database_is_503_with_a_hint_to_run_the_migrations(empty_database: URL) -> None:
     with serve(settings(empty_database)) as service, service.client() as client:
         assert_unavailable(client, "alembic upgrade head")
         migrate(empty_database, "upgrade", "head")
@@ -184,7 +182,7 @@ def test_the_service_is_not_ready_on_an_older_schema_but_ready_on_a_newer_one(
         assert client.get("/health/ready").status_code == 200
 
 
-def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path, migrate: Migrators) -> None:
+def test_a_sqlite_file_that_cannot_be_opened_is_503(tmp_path: Path) -> None:
     file = tmp_path / "away" / "heroes.db"
     url = make_url(f"sqlite:///{file}")
     with serve(settings(url)) as service, service.client() as client:

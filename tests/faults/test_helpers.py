@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import URL, text
 
-from tests.migrations import Migration, Migrators
+from tests.migrations import Migration, migrate
 from tests.postgres import Postgres
 from tests.schemas import schema_of
 from tests.service import ROOT, engine
@@ -133,9 +133,8 @@ def downgrade():
 class Scripts:
     """The project's migrations and a further revision."""
 
-    def __init__(self, folder: Path, migrate: Migrators) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._migrate = migrate
         shutil.copytree(ROOT / "alembic", folder / "alembic")
         (folder / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s/alembic\n")
 
@@ -147,12 +146,12 @@ class Scripts:
 
     def run(self, url: URL, *command: str, **env: str) -> Migration:
         ini = str(self._folder / "alembic.ini")
-        return self._migrate(url, "-c", ini, *command, check=False, **env)
+        return migrate(url, "-c", ini, *command, check=False, **env)
 
 
 @pytest.fixture
-def scripts(tmp_path: Path, migrate: Migrators) -> Scripts:
-    return Scripts(tmp_path, migrate)
+def scripts(tmp_path: Path) -> Scripts:
+    return Scripts(tmp_path)
 
 
 Clone = Callable[[], URL]

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from app import MIGRATION_LOCK
 from app.db import migrations
 from tests.examples import DEADPOND
-from tests.migrations import Migrators, alembic, copy_project
+from tests.migrations import alembic, copy_project, migrate, upgrade_concurrently
 from tests.postgres import Postgres
 from tests.processes import gunicorn
 from tests.schemas import schema_of
@@ -62,7 +62,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
 def test_concurrent_migrators_all_succeed(
     backend: str,
     postgres: Postgres,
-    migrate: Migrators,
     database_url: URL,
     tmp_path: Path,
     figures: list[str],
@@ -76,7 +75,7 @@ def test_concurrent_migrators_all_succeed(
             if backend == "sqlite"
             else postgres.create(name)
         )
-        done = migrate.at_once(MIGRATORS, url, "upgrade", "head")
+        done = upgrade_concurrently(MIGRATORS, url)
         codes += [migration.returncode for migration in done]
         assert codes == [0] * len(codes), done
         assert schema_of(url) == expected
@@ -94,7 +93,7 @@ def test_concurrent_migrators_all_succeed(
     indirect=["backend"],
 )
 def test_the_upgrade_succeeds_after_a_migrator_was_killed(
-    empty_database: URL, outside: Engine, migrate: Migrators, database_url: URL, revision: str
+    empty_database: URL, outside: Engine, database_url: URL, revision: str
 ) -> None:
     on_postgresql = empty_database.get_backend_name() == "postgresql"
     tutorials_database(empty_database)
@@ -117,7 +116,7 @@ def test_the_upgrade_succeeds_after_a_migrator_was_killed(
 
 @postgresql_only
 def test_an_index_with_an_interrupted_build_is_rebuilt(
-    empty_database: URL, outside: Engine, migrate: Migrators
+    empty_database: URL, outside: Engine
 ) -> None:
     migrate(empty_database, "upgrade", "0006")
     fill(outside, 100)
@@ -190,7 +189,7 @@ def transaction_of(outside: Engine, seconds: float) -> Iterator[None]:
 
 @postgresql_only
 def test_the_upgrade_does_not_block_reads_while_a_transaction_holds_the_table(
-    empty_database: URL, outside: Engine, migrate: Migrators, figures: list[str]
+    empty_database: URL, outside: Engine, figures: list[str]
 ) -> None:
     migrate(empty_database, "upgrade", "0001")
     fill(outside, 1000)
@@ -209,7 +208,7 @@ def test_the_upgrade_does_not_block_reads_while_a_transaction_holds_the_table(
 
 @postgresql_only
 def test_an_upgrade_without_the_lock_timeout_blocks_reads(
-    empty_database: URL, outside: Engine, migrate: Migrators
+    empty_database: URL, outside: Engine
 ) -> None:
     """The control for the previous test."""
     migrate(empty_database, "upgrade", "0001")
@@ -447,9 +446,7 @@ def test_waits_for_another_migrator_and_for_a_lock_time_out(
             migrations.retry_on_lock_timeout(change)
 
 
-def test_a_failed_upgrade_on_sqlite_is_rolled_back_and_can_be_repeated(
-    tmp_path: Path, migrate: Migrators
-) -> None:
+def test_a_failed_upgrade_on_sqlite_is_rolled_back_and_can_be_repeated(tmp_path: Path) -> None:
     """The rollback also removes the temporary table of Alembic's batch mode."""
     url = make_url(f"sqlite:///{tmp_path / 'heroes.db'}")
     migrate(url, "upgrade", "0005")

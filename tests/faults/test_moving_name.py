@@ -16,7 +16,7 @@ from sqlalchemy import URL
 from app import NAME
 from tests.examples import DEADPOND
 from tests.faults.network import SteadyLoad
-from tests.migrations import Migrators
+from tests.migrations import migrate
 from tests.postgres import POSTGRES_BIN
 from tests.processes import gunicorn
 
@@ -108,7 +108,7 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 
 
 def test_writes_follow_the_name_of_the_host_to_the_new_primary(
-    nodes: tuple[Node, Node], migrate: Migrators, tmp_path: Path, figures: list[str]
+    nodes: tuple[Node, Node], tmp_path: Path, figures: list[str]
 ) -> None:
     """The former primary is a standby then, to which the service has connected again."""
     old, new = nodes

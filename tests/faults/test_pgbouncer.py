@@ -22,7 +22,7 @@ from app.db.engine import sqlstate
 from tests.compose import Stack, has_compose
 from tests.examples import DEADPOND
 from tests.faults.load import Load
-from tests.migrations import Migrators
+from tests.migrations import migrate
 
 IMAGE = "edoburu/pgbouncer:latest"
 
@@ -346,9 +346,7 @@ def advisory_locks(stack: Pooled) -> int:
         return int((held.fetchone() or [0])[0])
 
 
-def test_migrations_through_pgbouncer_are_refused_by_one_line(
-    stack: Pooled, migrate: Migrators
-) -> None:
+def test_migrations_through_pgbouncer_are_refused_by_one_line(stack: Pooled) -> None:
     refused = migrate(stack.url("pgbouncer"), "upgrade", "head", check=False)
     assert refused.returncode != 0
     [line] = [line for line in refused.output.splitlines() if "FAILED" in line]
@@ -414,7 +412,7 @@ def test_without_the_check_the_lock_outlives_the_migrator(
     assert advisory_locks(stack) == 1
 
 
-def test_migrations_run_through_a_pooler_in_session_mode(stack: Pooled, migrate: Migrators) -> None:
+def test_migrations_run_through_a_pooler_in_session_mode(stack: Pooled) -> None:
     stack.console("SET pool_mode = session")
     migrate(stack.url("pgbouncer"), "downgrade", "-1")
     migrate(stack.url("pgbouncer"), "upgrade", "head")
