@@ -10,6 +10,15 @@ import shutil
 import tempfile
 import threading
 
+# Libraries that only the workers use. Because the master imports them before it forks, the workers
+# share their memory, and start in a third of the time. The master does not import the app, so that
+# code that cannot be loaded ends a worker, and SIGHUP loads new code.
+import alembic.script  # noqa: F401
+import fastapi_offline  # noqa: F401
+import psycopg_pool  # noqa: F401
+import sqlalchemy.ext.asyncio  # noqa: F401
+import sqlmodel  # noqa: F401
+
 from app import NAME
 from app.settings import from_environment, log_start
 from app.telemetry import logs
@@ -59,6 +68,7 @@ if not os.path.basename(_metrics or "").startswith(_own):  # noqa: PTH119  (HUP 
 
 def on_starting(server):  # noqa: ANN001
     """Log the database, and warn if there is no folder for the metrics. The service needs none."""
+    gc.freeze()  # A collection would write to the memory that the workers share.
     log_start(settings.database_url)
     if _metrics_error:
         message = "Metrics are incomplete: /metrics returns those of one worker: %s"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -266,6 +267,27 @@ def test_a_killed_worker_is_replaced_and_its_gauges_are_removed(server: Gunicorn
     assert server.pid == master
     assert server.get("/heroes/").status == 200
     server.wait_for(lambda: active() == 0, 3)
+
+
+def test_workers_share_the_memory_of_the_libraries(
+    standing_server: Gunicorn, figures: list[str]
+) -> None:
+    """Shared memory counts in `Pss` by the share of each process."""
+    sizes = [
+        {
+            name: int(size)
+            for name, size in re.findall(
+                r"^(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
+            )
+        }
+        for pid in standing_server.children
+    ]
+    assert len(sizes) == 2
+    figures.append(
+        "memory of a worker in MB, and its share of the shared memory: "
+        + ", ".join(f"{size['Rss'] / 1024:.0f}, {size['Pss'] / 1024:.0f}" for size in sizes)
+    )
+    assert all(size["Pss"] < 0.65 * size["Rss"] for size in sizes)
 
 
 def test_the_old_code_serves_on_if_the_new_code_is_broken(
