@@ -1,7 +1,7 @@
 """Run `python` commands in forks of a process that has already imported the libraries.
 
-In a fork, the service's code starts half a second earlier than in a new process. This module does
-not import that code, so that each fork can import another copy of it.
+In a fork, the service's code starts half a second earlier than in a new process. The arguments name
+further modules to import. The service's own are not among them if each fork imports another copy.
 
 Each input line is a JSON object with "arguments" (of `python`), "cwd", "env", "stdin" (a file) and
 "outputs" (one pair of files for stdout and stderr for each concurrent fork). The output line is the
@@ -15,7 +15,8 @@ import os
 import runpy
 import signal
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 LIBRARIES = (
     "alembic.autogenerate",
@@ -44,8 +45,8 @@ def run(option: str, program: str, *arguments: str) -> None:
         exec(program, {"__name__": "__main__"})
 
 
-def run_as_new_process(request: dict[str, Any], outputs: list[str]) -> None:
-    """Run the command with its own files, environment and folder."""
+def run_as_new_process(request: dict[str, Any], outputs: list[str]) -> NoReturn:
+    """Run the command with its own files, environment and folder, and exit with its exit code."""
     signal.alarm(MAX_SECONDS)
     os.dup2(os.open(request["stdin"], os.O_RDONLY), 0)
     for descriptor, path in enumerate(outputs, 1):
@@ -55,11 +56,21 @@ def run_as_new_process(request: dict[str, Any], outputs: list[str]) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
-    run(*request["arguments"])
+    code: Any = 0
+    try:
+        run(*request["arguments"])
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001  (The error must end this fork only.)
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)  # To remove all modules would take 50 ms.
 
 
-for library in LIBRARIES:
-    importlib.import_module(library)
+for name in (*LIBRARIES, *sys.argv[1:]):
+    importlib.import_module(name)
 gc.freeze()  # Forks do not collect the libraries' objects.
 for line in sys.stdin:
     request = json.loads(line)
@@ -67,7 +78,6 @@ for line in sys.stdin:
     for outputs in request["outputs"]:
         if not (fork := os.fork()):
             run_as_new_process(request, outputs)
-            sys.exit()
         forks.append(fork)
     codes = [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
     sys.stdout.write(json.dumps(codes) + "\n")

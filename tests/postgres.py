@@ -51,9 +51,11 @@ class Postgres:
     def create(self, name: str, template: str = "template0") -> URL:
         """Create a database as a copy of `template`; return its URL."""
         with self.connect() as connection:
+            # A quarter of the time of the default strategy, which PostgreSQL 14 does not have.
+            strategy = "STRATEGY FILE_COPY" if connection.info.server_version >= 150000 else ""
             connection.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                    sql.Identifier(name), sql.Identifier(template)
+                sql.SQL("CREATE DATABASE {} TEMPLATE {} {}").format(
+                    sql.Identifier(name), sql.Identifier(template), sql.SQL(strategy)
                 )
             )
         return self.url.set(database=name)

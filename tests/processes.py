@@ -18,6 +18,9 @@ from sqlalchemy import URL
 
 from tests.service import BIN, ROOT, Answer, Connection, Service, environment
 
+# The modules that the commands import.
+SERVICE = ("app.cli", "app.models", "app.db.autogenerate", "app.db.migrations")
+
 
 class Ended(NamedTuple):
     """The result of a command."""
@@ -46,7 +49,10 @@ def run_python_concurrently(
     given: str | bytes = "",
 ) -> list[Ended]:
     """Run the same command in `count` forks at the same time."""
-    forks = _forks()
+    # A copy of the code is not imported before. Nor is the code before `-c`, which may be the
+    # tutorial's, with models of the same names.
+    imports_app = cwd == ROOT and arguments[0] == "-m"
+    forks = _forks(*(SERVICE if imports_app else ()))
     assert forks.stdin
     assert forks.stdout
     with TemporaryDirectory() as name:
@@ -71,10 +77,10 @@ def run_python_concurrently(
 
 
 @cache
-def _forks() -> subprocess.Popen[str]:
+def _forks(*modules: str) -> subprocess.Popen[str]:
     """Start tests/forks.py, which ends with this process."""
     forks = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "forks.py"],
+        [sys.executable, ROOT / "tests" / "forks.py", *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
