@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from tests.postgres import docker_answers
-from tests.service import ROOT, free_port
+from tests.service import ROOT, free_port, http_client
 
 has_compose = bool(shutil.which("docker") and docker_answers())
 needs_compose = pytest.mark.skipif(not has_compose, reason="needs a Docker Engine with Compose")
@@ -104,7 +104,7 @@ class Stack:
         self.run("docker compose down --volumes --timeout 5", check=False)
 
     def client(self) -> httpx2.Client:
-        return httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        return http_client(self.port)
 
 
 def commands_in(section: str) -> list[str]:

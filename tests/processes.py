@@ -191,7 +191,7 @@ class Gunicorn:
             assert time.monotonic() < deadline, "\n".join(
                 line for line in self.lines[-200:] if "heroes.access" not in line
             )
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def roll(self, workers: int = 2) -> None:
         """Replace the master by a new one, as in docs/operations.md."""

@@ -56,6 +56,13 @@ def free_port() -> int:
 _NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
+def http_client(port: int, **options: Any) -> httpx2.Client:
+    """Return a client for a server on this port."""
+    url = f"http://127.0.0.1:{port}"
+    options = {"timeout": 30} | options
+    return httpx2.Client(base_url=url, verify=_NO_CERTIFICATES, **options)
+
+
 class Answer(NamedTuple):
     status: int
     headers: http.client.HTTPMessage
@@ -74,8 +81,7 @@ class Service:
     connections: set[Any]
 
     def client(self, **options: Any) -> httpx2.Client:
-        url = f"http://127.0.0.1:{self.port}"
-        return httpx2.Client(base_url=url, timeout=30, verify=_NO_CERTIFICATES, **options)
+        return http_client(self.port, **options)
 
     def connection(self) -> "Connection":
         return Connection(self.port)

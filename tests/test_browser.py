@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from tests.service import Service, serve
+from tests.service import Service, http_client, serve
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -92,8 +92,8 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         try:
             assert process.stdout
             line = next(line for line in process.stdout if "successfully on port" in line)
-            port = line.rpartition(" ")[2].strip().rstrip(".")
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as driver:
+            port = int(line.rpartition(" ")[2].strip().rstrip("."))
+            with http_client(port, timeout=60) as driver:
                 browser = Browser(driver, tmp_path / "profile")
                 yield browser
                 browser("DELETE", "")

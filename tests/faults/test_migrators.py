@@ -25,7 +25,7 @@ from tests.migrations import alembic, copy_project, migrate, upgrade_concurrentl
 from tests.postgres import Postgres
 from tests.processes import gunicorn
 from tests.schemas import schema_of
-from tests.service import ROOT, engine
+from tests.service import ROOT, engine, http_client
 from tests.test_migrations import REVISIONS, rows, tutorials_database
 
 postgresql_only = pytest.mark.parametrize("backend", ["postgresql"], indirect=True)
@@ -291,7 +291,7 @@ class Sessions:
 
     def _client(self, port: int, session: Session) -> None:
         while not self._stop:
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            with http_client(port) as client:
                 try:
                     for response in session(client):
                         response.raise_for_status()
