@@ -70,10 +70,10 @@ check: lint
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
-# Only a run of all tests measures coverage. Tests that take over 5 s are listed.
+# All tests run in several processes, and measure coverage. Tests that take over 5 s are listed.
+ALL = --numprocesses auto --dist loadfile --no-loadscope-reorder --cov --cov-report term
 test: check
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 0 --durations-min 5 \
-		$(if $(filter tests,$(T)),--cov --cov-report term) $(T)
+	$(BIN)/pytest --durations 0 --durations-min 5 $(if $(filter tests,$(T)),$(ALL)) $(T)
 
 faults: install
 	FAULTS=$(RUNS) $(BIN)/pytest tests/faults/test_pgbouncer.py tests/faults/test_failover.py \
