@@ -72,6 +72,7 @@ def run_as_new_process(request: dict[str, Any], outputs: list[str]) -> NoReturn:
 for name in (*LIBRARIES, *sys.argv[1:]):
     importlib.import_module(name)
 gc.freeze()  # Forks do not collect the libraries' objects.
+sys.dont_write_bytecode = True  # As in `environment_of_copy`.
 for line in sys.stdin:
     request = json.loads(line)
     forks = []

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import URL
 
 from tests.processes import run_python, run_python_concurrently
-from tests.service import BIN, ROOT, environment
+from tests.service import BIN, ROOT, environment, environment_of_copy
 
 
 class Migration(NamedTuple):
@@ -44,7 +44,7 @@ def alembic(
     return subprocess.Popen(
         [BIN / "alembic", *arguments],
         cwd=root,
-        env=environment(database_url, **{"LOG_FORMAT": "console", "PYTHONPATH": str(root)} | env),
+        env=environment_of_copy(database_url, root, **{"LOG_FORMAT": "console"} | env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

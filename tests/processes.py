@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import URL
 
-from tests.service import BIN, ROOT, Answer, Connection, Service, environment
+from tests.service import BIN, ROOT, Answer, Connection, Service, environment_of_copy
 
 # The modules that the commands import.
 SERVICE = ("app.cli", "app.models", "app.db.autogenerate", "app.db.migrations")
@@ -95,7 +95,7 @@ def uvicorn_process(database_url: URL, root: Path = ROOT) -> Iterator["Service"]
     process = subprocess.Popen(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
         cwd=root,
-        env=environment(database_url, LOG_FORMAT="json", PYTHONPATH=str(root)),
+        env=environment_of_copy(database_url, root, LOG_FORMAT="json"),
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -135,12 +135,8 @@ class Gunicorn:
                     *("--pid", str(self._pidfile), *arguments),
                 ],
                 cwd=root,
-                env=environment(
-                    database_url,
-                    LOG_FORMAT="json",
-                    # The code in `root` instead of the installed code.
-                    PYTHONPATH=str(root),
-                    **{"WEB_CONCURRENCY": "2"} | env,
+                env=environment_of_copy(
+                    database_url, root, **{"LOG_FORMAT": "json", "WEB_CONCURRENCY": "2"} | env
                 ),
                 stderr=log,
             )

@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy import URL
 
 from tests.processes import run_python
-from tests.service import BIN, ROOT, environment
+from tests.service import BIN, ROOT, environment, environment_of_copy
 
 _BLOCK = re.compile(
     r"(?:^\*\*(?P<path>[\w./-]+)\*\*(?:, new)?\n\n)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
@@ -97,8 +97,8 @@ def run(command: str, project: Path, url: URL) -> str:
     ended = subprocess.run(
         ["bash", "-c", command],
         cwd=project,
-        env=environment(
-            url, LOG_FORMAT="console", PYTHONPATH=str(project), PATH=f"{BIN}:{os.environ['PATH']}"
+        env=environment_of_copy(
+            url, project, LOG_FORMAT="console", PATH=f"{BIN}:{os.environ['PATH']}"
         ),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
