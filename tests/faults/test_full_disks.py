@@ -190,10 +190,12 @@ def test_without_allocated_blocks_a_full_disk_ends_workers(
     own = "    values.MmapedDict = MetricFile  # type: ignore[assignment, attr-defined]\n"
     project = changed_project(tmp_path, "app/telemetry/metric_files.py", own, "")
     with gunicorn_on(disk, database_url, tmp_path, workers=1, root=project) as server:
-        os.kill(server.children[0], signal.SIGKILL)
 
         def has_ended() -> bool:
-            fill(disk)
+            os.kill(server.children[0], signal.SIGKILL)
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:  # The next worker needs its blocks within milliseconds.
+                fill(disk)
             return any("SIGBUS" in line for line in server.lines)
 
         server.wait_for(has_ended)
