@@ -19,6 +19,7 @@ pytestmark = needs_compose
 IMAGE = "caddy:2"
 CREATE = '{"name": "Deadpond", "secret_name": "Dive Wilson"}'
 LONG = {"name": "\U0001f9b8" * 200, "secret_name": "Dive Wilson"}
+REQUESTS = (("GET", "/heroes/?limit=5", ""), ("POST", "/heroes/", CREATE))
 REPLACE = (
     "docker compose up -d --no-deps --wait api",
     "docker compose up -d --no-deps --wait api-2",
@@ -163,12 +164,11 @@ def test_replacing_both_containers_loses_no_request(
 ) -> None:
     commands = commands_in("### With a proxy and TLS")
     assert commands[2:] == list(REPLACE)
-    requests = (("GET", "/heroes/?limit=5", ""), ("POST", "/heroes/", CREATE))
     containers = "docker compose ps -q api api-2"
     before = set(stack.run(containers).stdout.split())
     stack.env["DATABASE_TIMEOUT"] = "6"  # A new release.
     created = int(stack.sql("SELECT count(*) FROM hero"))
-    load = Load(stack.port, requests, host="localhost", tls=tls)
+    load = Load(stack.port, REQUESTS, host="localhost", tls=tls, idempotency_keys=True)
     with load.running():
         for command in commands:
             stack.run(command)
@@ -180,6 +180,33 @@ def test_replacing_both_containers_loses_no_request(
     assert load.answered > 1000
     assert load.lost == []
     assert int(stack.sql("SELECT count(*) FROM hero")) > created
+
+
+@pytest.mark.parametrize("idempotency_keys", [True, False])
+def test_a_killed_container_loses_only_creates_without_a_key(
+    stack: Stack, tls: ssl.SSLContext, figures: list[str], *, idempotency_keys: bool
+) -> None:
+    requests = REQUESTS[1:] if idempotency_keys else REQUESTS
+    load = Load(
+        stack.port,
+        requests,
+        pause_seconds=0,
+        host="localhost",
+        tls=tls,
+        idempotency_keys=idempotency_keys,
+    )
+    with load.running():
+        for _ in range(3):
+            stack.run("docker compose kill api && docker compose up -d --no-deps --wait api")
+    figures.append(
+        f"a container killed 3 times, through Caddy, idempotency keys {idempotency_keys}:"
+        f" {len(load.lost)} of {load.answered + len(load.lost)} requests lost"
+    )
+    assert load.answered > 1000
+    if idempotency_keys:
+        assert load.lost == []
+    else:
+        assert load.lost != []
 
 
 def test_stopping_both_containers_loses_requests(stack: Stack, tls: ssl.SSLContext) -> None:

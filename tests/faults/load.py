@@ -24,6 +24,7 @@ class Load:
     host: str = "heroes"
     tls: ssl.SSLContext | None = None
     headers: str = ""  # Further lines, each with its line break.
+    idempotency_keys: bool = False  # Send a new key with each request.
     answered: int = 0
     slowest: float = 0
     # Seconds without any response.
@@ -39,9 +40,10 @@ class Load:
     ) -> bool:
         """Send one request; return whether the connection may be used again."""
         method, path, body = random.choice(self.requests)
+        key = f"Idempotency-Key: {random.getrandbits(128):x}\r\n" if self.idempotency_keys else ""
         writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nConnection: {connection}\r\n"
-            f"{self.headers}Content-Type: application/json\r\n"
+            f"{self.headers}{key}Content-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -184,7 +184,9 @@ def test_connections_that_wait_while_the_worker_stops_are_served(database_url: U
     thread.join(10)
 
 
-def test_a_stop_resets_no_connection(database_url: URL, tmp_path: Path) -> None:
+def test_a_stopping_worker_accepts_connections_until_it_closes_its_listener(
+    database_url: URL, tmp_path: Path
+) -> None:
     """Connections arrive until the listener is closed."""
     reset: list[str] = []
     for _ in range(3):
@@ -196,7 +198,9 @@ def test_a_stop_resets_no_connection(database_url: URL, tmp_path: Path) -> None:
                 server.stop()
         assert any("ConnectionRefusedError" in error for error in load.lost)
         reset += [error for error in load.lost if "ConnectionRefusedError" not in error]
-    assert reset == []
+    # The kernel resets a connection whose handshake is incomplete when the listener is closed. This
+    # is rare. A worker that does not accept the waiting connections resets at least five.
+    assert len(reset) < 3, reset
 
 
 def test_a_draining_worker_is_not_ready_and_sends_connection_close(
