@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from coverage import Coverage
 from sqlalchemy import URL, Engine, make_url
 
 from app.settings import Settings
@@ -61,9 +62,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest modules. Do not measure coverage where it costs most."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     for item in items:
-        # Their clients run in this process, and coverage would halve the load.
+        # Their clients run in this process. Measuring coverage would halve the load.
         if item.path.parent.name == "faults":
             item.add_marker("no_cover")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Apply the marker `no_cover` in workers too.
+
+    There, pytest-cov 7.1 stops its own measurement, and coverage then continues a second one, which
+    pytest-cov starts before it knows that the process is a worker.
+    """
+    second = Coverage.current() if item.get_closest_marker("no_cover") else None
+    if second:
+        second.stop()
+    try:
+        yield
+    finally:
+        if second:
+            second.start()
 
 
 def pytest_collection_finish() -> None:

@@ -174,7 +174,7 @@ OF_HTTP = ("Connection", "Content-Length", "Expect", "Host", "Transfer-Encoding"
 EACH = 75  # For 7 operations and 2 modes. Each database gets other requests: 2,100 in total.
 
 
-@pytest.mark.no_cover  # It would take three times as long.
+@pytest.mark.no_cover  # It would take twice as long.
 def test_responses_to_generated_requests_conform_to_the_schema(
     service: Service, figures: list[str], backend: str
 ) -> None:
