@@ -90,7 +90,7 @@ compare: install
 openapi: install
 	$(BIN)/python -m tests.openapi > docs/openapi.json
 
-UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" --upgrade
+UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-strip-extras --custom-compile-command "make lock" --upgrade
 
 NPM_LOCK = npm update --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund --prefix
 

@@ -1,4 +1,4 @@
-"""The ways to start the service without make: the wheel, and the command `fastapi`."""
+"""The lock file, the wheel, and the command `fastapi`."""
 
 import contextlib
 import os
@@ -10,9 +10,12 @@ import time
 import tomllib
 import urllib.request
 from collections.abc import Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from sqlalchemy import make_url
 
 from tests.service import BIN, ROOT, environment
@@ -102,3 +105,26 @@ def test_the_command_fastapi_finds_the_service(command: str, tmp_path: Path) -> 
     run(BIN / "alembic", "upgrade", "head", cwd=ROOT, env=env)
     started: list[str | Path] = [BIN / "fastapi", command, "--host", "127.0.0.1", "--port", "0"]
     assert readiness(started, ROOT, env, tmp_path / "log") == '{"status":"ready"}'
+
+
+def test_the_lock_pins_packages_with_their_extras() -> None:
+    """pip before 23.3 takes the newest release of `x[extra]` if the lock names only `x`.
+
+    It then refuses that release, which has no hash: the lock could be installed only until the next
+    release of x.
+    """
+    lines = (ROOT / "requirements-dev.txt").read_text().replace("\\\n", "").splitlines()
+    pins = [
+        Requirement(line.partition(" --hash=")[0]) for line in lines if re.match(r"[a-z0-9]", line)
+    ]
+    extras = {canonicalize_name(pin.name): pin.extras for pin in pins}
+    needed = [
+        requirement
+        for distribution in distributions()
+        if canonicalize_name(distribution.name) in extras
+        for requirement in map(Requirement, distribution.requires or [])
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    assert any(requirement.extras for requirement in needed)
+    for requirement in needed:
+        assert requirement.extras <= extras[canonicalize_name(requirement.name)], requirement
