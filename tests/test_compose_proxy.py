@@ -186,7 +186,7 @@ def test_replacing_both_containers_loses_no_request(
 def test_a_killed_container_loses_only_creates_without_a_key(
     stack: Stack, tls: ssl.SSLContext, figures: list[str], *, idempotency_keys: bool
 ) -> None:
-    requests = REQUESTS[1:] if idempotency_keys else REQUESTS
+    requests = (*REQUESTS[1:], ("POST", "/heroes", CREATE)) if idempotency_keys else REQUESTS
     load = Load(
         stack.port,
         requests,
