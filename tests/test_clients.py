@@ -37,7 +37,7 @@ def run(*command: str | Path, folder: Path, check: bool = True) -> str:
         timeout=300,
     )
     if done.returncode and OFFLINE.search(done.stdout):
-        pytest.skip(f"{command[0]} could not download its packages")
+        pytest.skip(f"needs a package registry that {command[0]} can reach")
     assert done.returncode == 0 or not check, done.stdout
     return done.stdout
 

@@ -19,7 +19,11 @@ pytestmark = needs_compose
 IMAGE = "caddy:2"
 CREATE = '{"name": "Deadpond", "secret_name": "Dive Wilson"}'
 LONG = {"name": "\U0001f9b8" * 200, "secret_name": "Dive Wilson"}
-REQUESTS = (("GET", "/heroes/?limit=5", ""), ("POST", "/heroes/", CREATE))
+REQUESTS = (
+    ("GET", "/heroes/?limit=5", ""),
+    ("POST", "/heroes/", CREATE),
+    ("POST", "/heroes", CREATE),
+)
 REPLACE = (
     "docker compose up -d --no-deps --wait api",
     "docker compose up -d --no-deps --wait api-2",
@@ -159,26 +163,41 @@ def test_lists_and_exports_are_compressed(client: httpx2.Client, accept: str) ->
         assert len(compressed) < len(plain.content) / 2
 
 
+def full_load(stack: Stack, tls: ssl.SSLContext, *, idempotency_keys: bool) -> Load:
+    """Reads and creates without pauses."""
+    return Load(
+        stack.port,
+        REQUESTS,
+        pause_seconds=0,
+        host="localhost",
+        tls=tls,
+        idempotency_keys=idempotency_keys,
+    )
+
+
+@pytest.mark.parametrize("idempotency_keys", [True, False])
 def test_replacing_both_containers_loses_no_request(
-    stack: Stack, tls: ssl.SSLContext, figures: list[str]
+    stack: Stack, tls: ssl.SSLContext, figures: list[str], *, idempotency_keys: bool
 ) -> None:
     commands = commands_in("### With a proxy and TLS")
     assert commands[2:] == list(REPLACE)
     containers = "docker compose ps -q api api-2"
     before = set(stack.run(containers).stdout.split())
-    stack.env["DATABASE_TIMEOUT"] = "6"  # A new release.
+    stack.env["DATABASE_TIMEOUT"] = "6" if idempotency_keys else "7"  # A new release.
     created = int(stack.sql("SELECT count(*) FROM hero"))
-    load = Load(stack.port, REQUESTS, host="localhost", tls=tls, idempotency_keys=True)
+    load = full_load(stack, tls, idempotency_keys=idempotency_keys)
     with load.running():
         for command in commands:
             stack.run(command)
     figures.append(
-        f"both containers replaced, through Caddy: {len(load.lost)} of"
-        f" {load.answered + len(load.lost)} requests lost, the slowest took {load.slowest:.2f} s"
+        f"both containers replaced, through Caddy, idempotency keys {idempotency_keys}:"
+        f" {len(load.lost)} of {load.answered + len(load.lost)} requests lost,"
+        f" the slowest took {load.slowest:.2f} s"
     )
     assert not before & set(stack.run(containers).stdout.split())
     assert load.answered > 1000
-    assert load.lost == []
+    # Without a key, the kernel may reset one: see docs/operations.md.
+    assert len(load.lost) <= (0 if idempotency_keys else 1), load.lost
     assert int(stack.sql("SELECT count(*) FROM hero")) > created
 
 
@@ -186,15 +205,8 @@ def test_replacing_both_containers_loses_no_request(
 def test_a_killed_container_loses_only_creates_without_a_key(
     stack: Stack, tls: ssl.SSLContext, figures: list[str], *, idempotency_keys: bool
 ) -> None:
-    requests = (*REQUESTS[1:], ("POST", "/heroes", CREATE)) if idempotency_keys else REQUESTS
-    load = Load(
-        stack.port,
-        requests,
-        pause_seconds=0,
-        host="localhost",
-        tls=tls,
-        idempotency_keys=idempotency_keys,
-    )
+    """Without keys, this is the control for the previous test."""
+    load = full_load(stack, tls, idempotency_keys=idempotency_keys)
     with load.running():
         for _ in range(3):
             stack.run("docker compose kill api && docker compose up -d --no-deps --wait api")
@@ -206,7 +218,7 @@ def test_a_killed_container_loses_only_creates_without_a_key(
     if idempotency_keys:
         assert load.lost == []
     else:
-        assert load.lost != []
+        assert len(load.lost) > 1
 
 
 def test_stopping_both_containers_loses_requests(stack: Stack, tls: ssl.SSLContext) -> None:

@@ -47,11 +47,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     options = f"size={DISK_BYTES},nr_inodes=100"
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if (
-        not shutil.which("mount")
-        or (error := subprocess.run(mount, capture_output=True)).returncode
-    ):
-        pytest.skip(f"needs the right to mount a tmpfs: {error.stderr.decode().strip()}")
+    if not shutil.which("mount"):
+        pytest.skip("needs the program mount")
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
